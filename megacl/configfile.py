@@ -1,0 +1,284 @@
+"""Configuration files: YAML merged left to right, then `section.key=value` overrides, into a checked RunConfig.
+
+    config = load(["recipe/demo.yaml", "my.yaml"], ["phases[0].schedule.max_lr=1e-3"])
+    print(dump(config))
+
+A path that does not exist is looked for among the configurations that come with megacl. Lists are replaced as a whole,
+mappings merge key by key. Whatever is wrong is said in one line: the setting's path, its value, what was expected.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megacl.config import PhaseConfig, RunConfig, nearest
+from megacl.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, with two changes: 3e-4 is a number, and a key that stands twice is an error."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf|\.nan)"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+    loader.flatten_mapping(node)
+    return dict(loader.construct_mapping(node, deep=True))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def shipped(name: str) -> Path:
+    """The folder `name` ("configs", "slurm", "examples") that comes with megacl: in the package, or in its checkout."""
+    package = Path(__file__).parent
+    return next((folder for folder in (package / name, package.parent / name) if folder.is_dir()), package / name)
+
+
+def find_config(path: str) -> Path:
+    """A configuration file: as given, or among those that come with megacl. Raises ConfigError if there is none."""
+    given = Path(path)
+    ours = shipped("configs")
+    for candidate in (given, ours / given):
+        if candidate.is_file():
+            return candidate
+    known = sorted(str(file.relative_to(ours)) for file in ours.rglob("*.yaml"))
+    raise ConfigError(
+        f"{path}: no such file, and no configuration of that name comes with megacl{nearest(path, known)}"
+    )
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{where}:{line} {error.problem}; it is not valid YAML.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: it is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _merge(under: Any, over: Any) -> Any:
+    if isinstance(under, dict) and isinstance(over, dict):
+        merged = dict(under)
+        for key, value in over.items():
+            merged[key] = _merge(under[key], value) if key in under else value
+        return merged
+    return over
+
+
+def _set(tree: Any, keys: list[str], value: Any, override: str) -> Any:
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    if isinstance(tree, list):
+        if not key.isdigit() or int(key) >= len(tree):
+            raise ConfigError(f"{override}: there is no element {key}; the list has {len(tree)}, counted from 0.")
+        return [_set(item, rest, value, override) if int(key) == at else item for at, item in enumerate(tree)]
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"{override}: {key!r} lies below a plain value, {tree!r}.")
+    return {**(tree or {}), key: _set((tree or {}).get(key), rest, value, override)}
+
+
+def load_tree(paths: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """YAML files merged left to right, then `section.key=value` overrides, as plain data, unchecked."""
+    tree: Any = {}
+    for path in paths:
+        file = find_config(path)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: cannot be read: {error}.") from None
+        content = _parse(text, str(file))
+        if not isinstance(content, dict):
+            raise ConfigError(f"{file}: it holds no mapping of settings; it must begin with a line such as 'model:'.")
+        tree = _merge(tree, content)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: an override has the form section.key=value.")
+        keys = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
+        tree = _set(tree, keys, _parse(value, override), override)
+    return dict(tree)
+
+
+def load(paths: Sequence[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked configuration of a run. Raises ConfigError, in one line, at the first thing that is wrong."""
+    return from_tree(load_tree(paths, overrides))
+
+
+def from_tree(tree: dict[str, Any]) -> RunConfig:
+    """A configuration out of plain data; raises ConfigError at the first thing that is wrong."""
+    _check_keys(tree, RunConfig, "")
+    try:
+        config = TypeAdapter(RunConfig).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+    config.check()
+    return config
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """A configuration (or one of its sections) as plain data, every setting spelled out."""
+    tree: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json", by_alias=True)
+    return tree
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as YAML, every setting spelled out; `load` of it gives the same configuration back."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+# ---------------------------------------------------------------------------------------------- what went wrong
+
+
+def _key(item: "dataclasses.Field[Any]", hint: Any) -> str:
+    for meta in getattr(hint, "__metadata__", ()):
+        if getattr(meta, "alias", None):
+            return str(meta.alias)
+    return item.name
+
+
+def _settings(section: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(section, include_extras=True)
+    return {_key(item, hints[item.name]): hints[item.name] for item in dataclasses.fields(section)}
+
+
+def _sections(hint: Any) -> list[type]:
+    """The dataclasses that a type hint allows at this place."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [section for part in typing.get_args(hint) for section in _sections(part)]
+    return [hint] if dataclasses.is_dataclass(hint) and isinstance(hint, type) else []
+
+
+def _element(hint: Any, container: type) -> Any:
+    """The hint of the elements of a tuple or of the values of a dict, or None."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next((found for part in typing.get_args(hint) if (found := _element(part, container))), None)
+    if typing.get_origin(hint) is container:
+        return typing.get_args(hint)[1 if container is dict else 0]
+    return None
+
+
+def _all_settings(section: type, path: str = "") -> Iterator[tuple[str, str]]:
+    """(key, path) of every setting below a section."""
+    for key, hint in _settings(section).items():
+        yield key, f"{path}{key}"
+        for below, suffix in ((hint, "."), (_element(hint, tuple), "[]."), (_element(hint, dict), ".NAME.")):
+            for found in _sections(below):
+                yield from _all_settings(found, f"{path}{key}{suffix}")
+
+
+def _check_keys(tree: Any, section: type, path: str) -> None:
+    """Raises ConfigError at the first key that the schema does not know, naming the nearest that it knows."""
+    if not isinstance(tree, dict):
+        return  # pydantic says what was expected
+    settings = _settings(section)
+    for key, value in tree.items():
+        if key not in settings:
+            close = difflib.get_close_matches(str(key), list(settings), n=1, cutoff=0.5)
+            elsewhere = dict(_all_settings(RunConfig))
+            if str(key) in elsewhere and not (close and close[0].startswith(str(key))):
+                hint = f"; it belongs at {elsewhere[str(key)]}."
+            elif close:
+                hint = f"; did you mean {path}{close[0]}?"
+            else:
+                hint = f"; known here: {', '.join(settings)}."
+            raise ConfigError(f"{path}{key} is not a setting{hint}")
+        _check_value(value, settings[key], f"{path}{key}")
+
+
+def _check_value(value: Any, hint: Any, path: str) -> None:
+    if isinstance(value, dict):
+        sections = _sections(hint)
+        if len(sections) > 1:
+            by_kind = {typing.get_args(_settings(section)["kind"])[0]: section for section in sections}
+            sections = [by_kind[value["kind"]]] if value.get("kind") in by_kind else []
+        if sections:
+            _check_keys(value, sections[0], f"{path}.")
+        elif (element := _element(hint, dict)) is not None:
+            for key, item in value.items():
+                _check_value(item, element, f"{path}.{key}")
+    elif isinstance(value, list) and (element := _element(hint, tuple)) is not None:
+        for index, item in enumerate(value):
+            _check_value(item, element, f"{path}[{index}]")
+
+
+def _explain(error: ValidationError) -> str:
+    """The first of pydantic's errors in one line: the setting, its value, what was expected, what it is."""
+    # A union reports one error a member: the one that got furthest says most.
+    first = max(error.errors(include_url=False), key=lambda item: len(item["loc"]))
+    kinds = set(_kinds())
+    path, hint = "", RunConfig
+    found: Any = hint
+    for part in first["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+            found = _element(found, tuple)
+            continue
+        sections = _sections(found)
+        settings = {key: below for section in sections for key, below in _settings(section).items()}
+        if part in settings:
+            path += f".{part}" if path else part
+            found = settings[part]
+        elif (element := _element(found, dict)) is not None:
+            path += f".{part}"
+            found = element
+        elif part in kinds:
+            found = next(s for s in sections if typing.get_args(_settings(s)["kind"])[0] == part)
+    expected = first["msg"].removeprefix("Value error, ")
+    expected = re.sub(r"^Input should be", "it must be", expected)
+    expected = re.sub(r"^String should", "it must", expected)
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{path} is missing; every configuration must give it{_description(found)}."
+    if first["type"] == "union_tag_not_found":
+        return f"{path}.kind is missing; it must be one of {', '.join(_kinds())}."
+    if first["type"] == "union_tag_invalid":
+        value = first["input"]["kind"]
+        return f"{path}.kind is {value!r}; it must be one of {', '.join(_kinds())}{nearest(str(value), _kinds())}"
+    if first["type"] in ("dataclass_type", "dict_type"):
+        return f"{path or 'the configuration'} is {first['input']!r}; it must be a mapping of settings."
+    if first["type"] in ("tuple_type", "list_type"):
+        return f"{path} is {first['input']!r}; it must be a list."
+    return f"{path} is {first['input']!r}; {expected}{_description(found)}."
+
+
+def _kinds() -> list[str]:
+    hint = _settings(PhaseConfig)["schedule"]
+    return [typing.get_args(_settings(section)["kind"])[0] for section in _sections(hint)]
+
+
+def _description(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next((found for part in typing.get_args(hint) if (found := _description(part))), "")
+    for meta in getattr(hint, "__metadata__", ()):
+        if getattr(meta, "description", None):
+            return f". It is {meta.description}"
+    return ""

@@ -1,0 +1,25 @@
+"""What the user can put right. Everything else that is raised is a bug of ours and shows its traceback.
+
+A message says what, where and what to do, in one line; the command line prints it behind the class's name and ends
+with exit status 2.
+"""
+
+
+class MegaclError(Exception):
+    """Base of the errors that the command line turns into one line and exit status 2."""
+
+
+class ConfigError(MegaclError):
+    """A setting is wrong, unknown, or does not fit another one."""
+
+
+class DataError(MegaclError):
+    """An input file, a tokenizer or a data folder is missing, damaged, or not the one that is expected."""
+
+
+class CheckpointError(MegaclError):
+    """A checkpoint or run directory is missing, damaged, or belongs to another run."""
+
+
+class LaunchError(MegaclError):
+    """The processes of a run cannot start together, or cannot go on (a loss that is not finite, for one)."""

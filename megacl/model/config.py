@@ -1,0 +1,68 @@
+"""The shape of a model: pure data, no torch. Presets are files: configs/model/*.yaml."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer.
+
+    form gpt_neox: LayerNorm, biases, attention and MLP in parallel on one residual, rotary on part of a head, GELU.
+    form llama: RMSNorm, no biases, attention then MLP, rotary on the whole head, SwiGLU, grouped key/value heads.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    form: Annotated[Literal["gpt_neox", "llama"], Field(description="the family of the decoder block")] = "gpt_neox"
+    vocab_size: Annotated[int, Field(ge=2, description="the number of rows of the embedding, padding included")]
+    hidden_size: Annotated[int, Field(ge=2, description="the width of the residual stream")]
+    num_layers: Annotated[int, Field(ge=1, description="the number of decoder blocks")]
+    num_attention_heads: Annotated[int, Field(ge=1, description="the number of query heads")]
+    num_kv_heads: Annotated[
+        int | None, Field(ge=1, description="the number of key/value heads; as many as query heads if null")
+    ] = None
+    intermediate_size: Annotated[
+        int | None, Field(ge=1, description="the width inside the MLP; 4 x hidden_size if null")
+    ] = None
+    rotary_pct: Annotated[
+        float | None, Field(gt=0, le=1, description="the part of a head that is rotated; 0.25 (gpt_neox) or 1 if null")
+    ] = None
+    rope_theta: Annotated[float, Field(gt=0, description="the base of the rotary frequencies")] = 10000.0
+    norm_eps: Annotated[float, Field(gt=0, description="the epsilon inside LayerNorm or RMSNorm")] = 1e-5
+    tie_embeddings: Annotated[bool, Field(description="whether the output layer is the embedding itself")] = False
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads: num_kv_heads, or as many as query heads."""
+        return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Width inside the MLP: intermediate_size, or 4 x hidden_size."""
+        return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def rotary_dims(self) -> int:
+        """How many dimensions of a head are rotated: an even number."""
+        part = self.rotary_pct or (0.25 if self.form == "gpt_neox" else 1.0)
+        return int(self.head_dim * part) // 2 * 2
+
+    def problem(self) -> str | None:
+        """What does not fit together in this model, as "key is ...; it must ...", or None."""
+        if self.hidden_size % self.num_attention_heads:
+            return f"num_attention_heads is {self.num_attention_heads}; it must divide hidden_size, {self.hidden_size}"
+        if self.num_attention_heads % self.kv_heads:
+            return f"num_kv_heads is {self.kv_heads}; it must divide num_attention_heads, {self.num_attention_heads}"
+        if self.form == "gpt_neox" and self.kv_heads != self.num_attention_heads:
+            return f"num_kv_heads is {self.kv_heads}; the gpt_neox form has as many as num_attention_heads"
+        if self.rotary_dims < 2:
+            return f"rotary_pct leaves no dimension of a head of {self.head_dim} to rotate; it must leave two"
+        return None

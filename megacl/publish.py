@@ -1,0 +1,92 @@
+"""Publishing files: write beside, flush to disk, rename. A reader sees the old file or the new, never half."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megacl.errors import DataError
+
+_DISK = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EIO: "the disk reported an input/output error",
+    errno.EFBIG: "the file would exceed the size limit",
+}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, what: str) -> Iterator[None]:
+    """Turns what a disk refuses while `what` is written at `path` into a DataError that names both."""
+    try:
+        yield
+    except OSError as error:
+        reason = _DISK.get(error.errno or 0)
+        if reason is None and "No space left" in str(error):  # safetensors wraps the errno away
+            reason = _DISK[errno.ENOSPC]
+        if reason is None:
+            raise
+        raise DataError(
+            f"{path}: cannot write {what}: {reason}. Nothing was published; make room and run again."
+        ) from None
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes renames inside `folder` survive a power cut (POSIX keeps a folder's entries in the folder's own data)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_bytes(path: Path, content: bytes, what: str) -> None:
+    """Writes `content` to `path` so that `path` is at any moment absent, the old file, or the whole new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path, what):
+        try:
+            with open(beside, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+            flush_folder(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def publish_text(path: Path, text: str, what: str) -> None:
+    """`publish_bytes` of the UTF-8 form of `text`."""
+    publish_bytes(path, text.encode(), what)
+
+
+@contextlib.contextmanager
+def publish_folder(path: Path, what: str) -> Iterator[Path]:
+    """Gives a folder to write into, and renames it to `path` at the end; nothing stays behind when that fails."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path, what):
+        try:
+            beside.mkdir(parents=True)
+            yield beside
+            for file in beside.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as opened:
+                        os.fsync(opened.fileno())
+            flush_folder(beside)
+            os.rename(beside, path)
+            flush_folder(path.parent)
+        finally:
+            if beside.exists():
+                shutil.rmtree(beside)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
