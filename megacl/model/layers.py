@@ -1,0 +1,91 @@
+"""The parts of a decoder block: norms, rotary position, attention, MLP. Plain single-device PyTorch.
+
+Suffixes: B batch, T time, D hidden, H query heads, K key/value heads, E width of a head, R half of its rotated part.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megacl.model.config import ModelConfig
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """LayerNorm (gpt_neox) or RMSNorm (llama) over the hidden size."""
+    if config.form == "gpt_neox":
+        return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+
+def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x theta^(-2 r / rotary_dims), both [T, R] in fp32.
+
+    They are computed for each batch, not kept as buffers, which a cast of the module to 16 bits would round.
+    """
+    exponents_R = torch.arange(0, config.rotary_dims, 2, dtype=torch.float32, device=device) / config.rotary_dims
+    positions_T = torch.arange(length, dtype=torch.float32, device=device)
+    angles_TR = torch.outer(positions_T, config.rope_theta**-exponents_R)
+    return angles_TR.cos(), angles_TR.sin()
+
+
+def rotate(x_BHTE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotates the pairs (e, e + R) of each head, e < R, by their position's angles; what lies behind 2 R stays.
+
+    Source: Su et al. 2021, arXiv 2104.09864, with GPT-NeoX's pairing of the two halves.
+    """
+    half = cos_TR.shape[-1]
+    first, second, rest = torch.split(x_BHTE, [half, half, x_BHTE.shape[-1] - 2 * half], dim=-1)
+    turned = (first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR)
+    return torch.cat([*(part.to(x_BHTE.dtype) for part in turned), rest], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; fewer key/value heads than query heads where the model has them (arXiv 2305.13245).
+
+    qkv's rows are all query heads, then all key heads, then all value heads, each in order.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_dim
+        bias = config.form == "gpt_neox"
+        self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
+        self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        batch, length, _ = x_BTD.shape
+        heads_BHTE = self.qkv(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        qk_BHTE, v_BKTE = torch.split(heads_BHTE, [self.heads + self.kv_heads, self.kv_heads], dim=1)
+        q_BHTE, k_BKTE = torch.split(rotate(qk_BHTE, cos_TR, sin_TR), [self.heads, self.kv_heads], dim=1)
+        mixed_BHTE = F.scaled_dot_product_attention(
+            q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=self.kv_heads != self.heads
+        )
+        mixed: Tensor = self.out(mixed_BHTE.transpose(1, 2).flatten(2))
+        return mixed
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))), with the exact (erf) GELU and biases."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.mlp_size)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        down: Tensor = self.down(F.gelu(self.up(x_BTD)))
+        return down
+
+
+class SwiGLUMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases (arXiv 2002.05202); gate_up's rows are gate's, then up's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.mlp_size, bias=False)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
+        down: Tensor = self.down(F.silu(gate) * up)
+        return down
