@@ -1,0 +1,143 @@
+"""The ranks of a run: how the processes find one another, and the few things that they say to one another.
+
+    ranks = start_ranks(timeout=600)
+    stop = ranks.any(signal_received)
+    stop_ranks()
+
+Processes come from torchrun, from srun (one task a rank; MASTER_ADDR and MASTER_PORT are derived where the job script
+does not set them), or there is just one. With one rank no process group exists and torch.distributed is not imported.
+"""
+
+import datetime
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacl.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. Every method but the properties must be called by all ranks, in one order."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Rank on this machine: which of its devices is this process's."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.sum(np.array([float(flag)]))[0])
+
+    def sum(self, array: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The sum over all ranks, the same on each; the argument is left as it is."""
+        if self.world_size == 1:
+            return array.copy()
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(array, dtype=torch.float64)
+        dist.all_reduce(total)
+        result: NDArray[np.float64] = total.numpy()
+        return result
+
+    def broadcast(self, obj: Any) -> Any:
+        """Rank 0's object on every rank; the argument is used on rank 0 alone. It is pickled on the way."""
+        if self.world_size == 1:
+            return obj
+        import torch
+        import torch.distributed as dist
+
+        box = [obj if self.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def barrier(self) -> None:
+        """Returns once every rank has come here."""
+        self.any(False)
+
+
+def start_ranks(*, timeout: float) -> Ranks:
+    """Finds this process's place and joins the others; raises LaunchError where they do not come together.
+
+    timeout: seconds, for the meeting itself and for every later collective that a silent rank holds up.
+    """
+    place = _place(os.environ)
+    if place["WORLD_SIZE"] == "1":
+        return Ranks()
+    os.environ.update(place)
+    ranks = Ranks(int(place["RANK"]), int(place["WORLD_SIZE"]), int(place["LOCAL_RANK"]))
+
+    import torch
+    import torch.distributed as dist
+
+    # Gloo serves what the ranks say to one another in host memory, also where gradients travel by NCCL.
+    backend = "gloo"
+    if torch.cuda.is_available():
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise LaunchError(
+                f"local rank {ranks.local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}; "
+                "start at most that many ranks on it."
+            )
+        torch.cuda.set_device(ranks.local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, init_method="env://", timeout=datetime.timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LaunchError(
+            f"rank {ranks.rank} of {ranks.world_size} did not meet the others at "
+            f"{place['MASTER_ADDR']}:{place['MASTER_PORT']} within {timeout:g} s: {reason}; see whether all ranks "
+            "started, and whether the port is free and reachable."
+        ) from None
+    return ranks
+
+
+def stop_ranks() -> None:
+    """Leaves the process group, where there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _place(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, from whoever started this process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        if environment["WORLD_SIZE"] == "1":
+            return dict.fromkeys(names, "0") | {"WORLD_SIZE": "1"}
+        missing = [name for name in names if name not in environment]
+        if missing:
+            raise LaunchError(f"{', '.join(missing)} not set beside RANK and WORLD_SIZE; start the run with torchrun.")
+        return {name: environment[name] for name in names}
+    # A batch script has SLURM_PROCID too, but only the tasks of a step have a step's id.
+    if "SLURM_STEP_ID" in environment and environment.get("SLURM_NTASKS", "1") != "1":
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_NTASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment),
+            # Below the ephemeral ports, and another one for each job on a node.
+            "MASTER_PORT": environment.get("MASTER_PORT") or str(10000 + int(environment["SLURM_JOB_ID"]) * 7 % 20000),
+        }
+    return dict.fromkeys(names, "0") | {"WORLD_SIZE": "1"}
+
+
+def _first_host(environment: Mapping[str, str]) -> str:
+    """The node of rank 0."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    try:
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60
+        )
+        return listed.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise LaunchError(
+            f"scontrol cannot list the hosts of {nodes!r} ({error}); set MASTER_ADDR to the host of rank 0."
+        ) from None
