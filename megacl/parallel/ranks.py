@@ -5,7 +5,7 @@
     stop_ranks()
 
 Processes come from torchrun, from srun (one task a rank; MASTER_ADDR and MASTER_PORT are derived where the job script
-does not set them), or there is just one. With one rank no process group exists and torch.distributed is not imported.
+does not set them), or there is just one. With one rank there is no process group, and nothing to wait for.
 """
 
 import datetime
@@ -23,7 +23,7 @@ from megacl.errors import LaunchError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run. Every method but the properties must be called by all ranks, in one order."""
+    """This process among those of the run. Its methods must be called by all ranks, in one order."""
 
     rank: int = 0
     world_size: int = 1

@@ -1,0 +1,186 @@
+"""What engine.py asks of DeepSpeed: start it, and read and write a model's state by name at every ZeRO stage.
+
+Written against DeepSpeed 0.19, whose inner parts it leans on where the public functions fall short:
+
+- Nothing is compiled at start: the optimizer is torch's own, and the shared-memory op that DeepSpeed builds on a CPU is
+  declared incompatible before the process group is taken over.
+- Stages 1 and 2 link a parameter to its slice of the optimizer's moments once, after the first parameter group has
+  stepped, so that the second group's moments are not found; they are linked anew before each reading.
+- Reading moments that do not exist yet raises on some ranks and leaves the others waiting, so it is never tried.
+- At stage 3 the functions that write a whole parameter fail where its size does not divide by the ranks; each rank
+  writes its own padded slice instead.
+- Writing the fp32 master of a parameter leaves the module's own copy as it was until the next step; both are written.
+"""
+
+import importlib.metadata
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacl.config import EngineConfig
+from megacl.errors import LaunchError
+from megacl.model.gpt import GPT
+from megacl.parallel.ranks import Ranks
+
+VERSION = "0.19"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def initialize(
+    model: GPT, optimizer: torch.optim.AdamW, config: EngineConfig, *, max_grad_norm: float | None, ranks: Ranks
+) -> Any:
+    """DeepSpeed's engine around the model, on this rank's device.
+
+    One micro batch is one step as far as DeepSpeed knows: the caller sets the accumulation boundary and scales the
+    loss. Raises LaunchError where DeepSpeed is missing or of another minor version.
+    """
+    try:
+        found = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        found = "not there"
+    if found.rpartition(".")[0] != VERSION:
+        raise LaunchError(
+            f"engine.kind deepspeed needs DeepSpeed {VERSION}, and it is {found}: pip install 'deepspeed=={VERSION}.*'."
+        )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not dist.is_initialized():  # one rank, without a launcher: no port is needed to meet oneself
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    # DeepSpeed calls collectives by names that newer versions of torch warn about.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm or 0.0,
+        "zero_optimization": {"stage": config.zero_stage},
+        "steps_per_print": sys.maxsize,
+    }
+    if config.precision == "bf16":
+        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if config.precision == "fp16":
+        settings |= {"fp16": {"enabled": True}}
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
+def export_parameters(engine: Any, *, with_moments: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, {"weight", "exp_avg", "exp_avg_sq"}) of one parameter after another, whole, as `Engine.export_state` says.
+
+    A collective: every rank must go through all of it. with_moments: whether a step was taken since the moments were
+    reset; they are zeros otherwise.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    zero = _zero_optimizer(engine)
+    if with_moments and hasattr(zero, "_hp_optimizer_states_linked"):
+        _link_moments(zero)
+    for name, parameter in engine.module.named_parameters():
+        weight = parameter if zero is None else safe_get_full_fp32_param(parameter)
+        state = {"weight": weight.detach().to("cpu", torch.float32, copy=True)}
+        for key in MOMENTS:
+            if not with_moments:
+                state[key] = torch.zeros_like(state["weight"])
+                continue
+            whole = (
+                engine.optimizer.state[parameter][key]
+                if zero is None
+                else safe_get_full_optimizer_state(parameter, key)
+            )
+            state[key] = whole.to("cpu", torch.float32, copy=True)
+        yield name, state
+
+
+def import_parameters(engine: Any, load: Callable[[str, torch.Size], dict[str, Tensor]], *, step: int) -> None:
+    """Sets each parameter, and with step > 0 its moments, from what `load(name, shape)` gives, and Adam's step."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+    from deepspeed.zero import GatheredParameters
+
+    zero = _zero_optimizer(engine)
+    keys = MOMENTS if step > 0 else ()
+    reset_moments(engine, step=step, create=step > 0)
+    for name, parameter in engine.module.named_parameters():
+        sharded = hasattr(parameter, "ds_tensor")
+        state = load(name, parameter.ds_shape if sharded else parameter.shape)
+        with GatheredParameters([parameter], modifier_rank=0, enabled=sharded), torch.no_grad():
+            parameter.copy_(state["weight"])
+        if zero is None:
+            for key in keys:
+                engine.optimizer.state[parameter][key].copy_(state[key])
+        elif sharded:
+            safe_set_local_fp32_param(parameter, _slice_of(state["weight"], parameter))
+            for key in keys:
+                safe_set_local_optimizer_state(parameter, _slice_of(state[key], parameter), key)
+        else:
+            safe_set_full_fp32_param(parameter, state["weight"].to(parameter.device))
+            for key in keys:
+                safe_set_full_optimizer_state(parameter, state[key].to(parameter.device), key)
+
+
+def reset_moments(engine: Any, *, step: int = 0, create: bool = False) -> None:
+    """Sets the moments to zero and Adam's step to `step`; makes them with `create`, where there are none yet."""
+    zero = _zero_optimizer(engine)
+    adam: torch.optim.AdamW = engine.optimizer if zero is None else zero.optimizer
+    if create:
+        for flat in _masters(engine, zero):
+            # fused AdamW keeps its step count beside the parameter
+            adam.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
+        if hasattr(zero, "_hp_optimizer_states_linked"):
+            _link_moments(zero)
+    for state in adam.state.values():
+        state["step"].fill_(float(step))
+        for key in MOMENTS:
+            state[key].zero_()
+
+
+def _zero_optimizer(engine: Any) -> Any:
+    """ZeRO's optimizer, which wraps torch's, or None at stage 0, where torch's own holds the state."""
+    return engine.optimizer if hasattr(engine.optimizer, "optimizer") else None
+
+
+def _masters(engine: Any, zero: Any) -> list[Tensor]:
+    """The fp32 tensors that torch's AdamW steps on this rank."""
+    if zero is None:
+        return list(engine.module.parameters())
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(zero, name):  # stage 3; stages 1 and 2; stage 1 in bf16
+            return list(getattr(zero, name))
+    raise AssertionError(f"{type(zero).__name__} keeps its masters elsewhere")
+
+
+def _link_moments(zero: Any) -> None:
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()
+
+
+def _slice_of(whole: Tensor, parameter: Any) -> Tensor:
+    """This rank's slice of a parameter at stage 3; the last one is padded with zeros."""
+    size = parameter.ds_tensor.numel()
+    start = dist.get_rank(parameter.ds_process_group) * size
+    part = whole.flatten()[start : start + size]
+    padded = torch.zeros(size, dtype=torch.float32, device=parameter.ds_tensor.device)
+    padded[: part.numel()] = part
+    return padded
