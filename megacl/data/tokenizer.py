@@ -1,0 +1,321 @@
+"""Tokenizers: SentencePiece models and Hugging Face tokenizer.json files behind one small interface.
+
+    tokenizer = load_tokenizer("tokenizer.model")       # or a tokenizer.json, or a folder that holds one of the two
+    tokenizer.encode(["some text"])                     # [uint32 array]; no BOS, no EOS
+    tokenizer.fingerprint                               # SHA-256 of the file: shards record which tokenizer made them
+
+Text is data: what looks like a control token inside a document ("</s>", "<|endoftext|>") comes out as ordinary
+pieces, so a document can never end another one. The one character that a SentencePiece model does not bring back is
+U+2581, which it uses to write a space.
+
+A tokenizer may extend another one: more pieces behind it, every earlier id unchanged. Then data that the smaller one
+prepared stays valid. `record_extension` checks this and writes it down beside the file, FILE.extends.json.
+"""
+
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+
+from megacl.data.documents import read_documents
+from megacl.errors import DataError
+from megacl.publish import disk_errors, publish_bytes, publish_text, sha256_of
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+HUGGING_FACE_FILE = "tokenizer.json"
+
+_EOS_NAMES = (
+    "</s>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",
+)
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Ids are below vocab_size."""
+
+    file_name: str
+    """What the tokenizer's file is called inside a data folder or a run directory."""
+
+    vocab_size: int
+    eos_id: int
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.fingerprint = sha256_of(file)
+        self.extends = _read_extends(file)
+        """Fingerprints of the tokenizers that this one extends."""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        """The ids of each text, uint32 [length]: no BOS, no EOS, and nothing in a text is read as a control token."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        """The text of ids; control tokens such as EOS add nothing to it. ValueError for an id beyond vocab_size."""
+
+    @abstractmethod
+    def pieces(self) -> list[tuple[str, str]]:
+        """What every id means, from 0: (piece, kind)."""
+
+    def matches(self, fingerprint: str) -> bool:
+        """Whether tokens made by the tokenizer of that fingerprint mean the same here: it, or one that it extends."""
+        return fingerprint == self.fingerprint or fingerprint in self.extends
+
+    def save(self, folder: Path) -> Path:
+        """Publishes a copy of the tokenizer's file, and of what it extends, in a folder; returns the copy's path."""
+        copy = folder / self.file_name
+        publish_bytes(copy, self.file.read_bytes(), "the tokenizer")
+        if self.extends:
+            _write_extends(copy, self.extends)
+        return copy
+
+    def _check_ids(self, ids: Sequence[int] | npt.NDArray[Any]) -> list[int]:
+        found = np.asarray(ids, np.int64)
+        if found.size and not 0 <= int(found.min()) <= int(found.max()) < self.vocab_size:
+            raise ValueError(f"ids must lie in [0, {self.vocab_size}), but they reach {found.min()} to {found.max()}")
+        return [int(each) for each in found]
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model."""
+
+    file_name = SENTENCEPIECE_FILE
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file)
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+        except RuntimeError:
+            raise DataError(f"{file}: not a SentencePiece model, or damaged. Copy it again.") from None
+        self.vocab_size = self._model.vocab_size()
+        self.eos_id = self._model.eos_id()
+        if self.eos_id < 0:
+            raise DataError(
+                f"{file}: the model has no end-of-sentence piece, which must end every document. "
+                "Train one that has: tools/train_tokenizer.py"
+            )
+
+    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        # One thread: prepare runs a process a core.
+        return [np.array(ids, np.uint32) for ids in self._model.encode(list(texts), num_threads=1)]
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        return str(self._model.decode(self._check_ids(ids)))
+
+    def pieces(self) -> list[tuple[str, str]]:
+        model = self._model
+        kinds = {"byte": model.is_byte, "control": model.is_control, "unknown": model.is_unknown}
+        return [
+            (model.id_to_piece(index), next((kind for kind, is_kind in kinds.items() if is_kind(index)), "text"))
+            for index in range(self.vocab_size)
+        ]
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json of the Hugging Face `tokenizers` package."""
+
+    file_name = HUGGING_FACE_FILE
+
+    def __init__(self, file: Path) -> None:
+        import tokenizers  # takes a while, and most runs use SentencePiece
+
+        super().__init__(file)
+        try:
+            tree = json.loads(file.read_text(encoding="utf-8"))
+            added = {entry["content"]: entry for entry in tree.get("added_tokens") or []}
+            eos = next((name for name in _EOS_NAMES if name in added), None)
+            if eos is not None:
+                # Some files list EOS as an ordinary added token, which would be found inside of texts.
+                added[eos]["special"] = True
+            self._model = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        except Exception as error:  # `tokenizers` raises the base class itself
+            raise DataError(f"{file}: not a tokenizer.json, or damaged ({error}). Copy it again.") from None
+        if eos is None:
+            raise DataError(
+                f"{file}: no end-of-text token among its added tokens, which must end every document; known names are "
+                f"{', '.join(_EOS_NAMES)}. Add one of them to the file."
+            )
+        self._model.encode_special_tokens = True
+        self._model.no_truncation()
+        self._model.no_padding()
+        self.eos_id = int(added[eos]["id"])
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in found]
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        return str(self._model.decode(self._check_ids(ids), skip_special_tokens=True))
+
+    def pieces(self) -> list[tuple[str, str]]:
+        special = {index for index, token in self._model.get_added_tokens_decoder().items() if token.special}
+        names = {index: name for name, index in self._model.get_vocab(with_added_tokens=True).items()}
+        return [(names.get(index, ""), "control" if index in special else "text") for index in range(self.vocab_size)]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a .model (SentencePiece) or .json (Hugging Face) file, or a folder's tokenizer.model or tokenizer.json.
+
+    DataError: it is missing, damaged, of another form, has no EOS, or the folder holds both files.
+    """
+    file = Path(path)
+    if file.is_dir():
+        present = [name for name in (SENTENCEPIECE_FILE, HUGGING_FACE_FILE) if (file / name).is_file()]
+        if len(present) != 1:
+            found = "both" if present else "neither"
+            raise DataError(
+                f"{path}: the folder holds {found} of {SENTENCEPIECE_FILE} and {HUGGING_FACE_FILE}; name one file."
+            )
+        file /= present[0]
+    kinds = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
+    if file.suffix not in kinds:
+        raise DataError(
+            f"{path}: not a tokenizer's name: a SentencePiece model ends with .model, "
+            "a Hugging Face one is called tokenizer.json."
+        )
+    try:
+        return kinds[file.suffix](file)
+    except OSError as error:
+        raise DataError(
+            f"{path}: the tokenizer cannot be read: {error.strerror}. Check the name; "
+            "tools/train_tokenizer.py trains one."
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------- extension
+
+
+def _extends_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.extends.json")
+
+
+def _read_extends(file: Path) -> tuple[str, ...]:
+    record = _extends_file(file)
+    try:
+        tree = json.loads(record.read_text(encoding="utf-8"))
+        own, extends = tree["tokenizer"], tuple(tree["extends"])
+    except FileNotFoundError:
+        return ()
+    except (ValueError, KeyError, TypeError):
+        raise DataError(
+            f"{record}: not a record of an extension, or damaged. Write it again: tools/extend_tokenizer.py"
+        ) from None
+    # A record that stayed beside a file which was replaced says nothing about the new one.
+    if own != sha256_of(file):
+        raise DataError(
+            f"{record}: it was written for another {file.name}. Write it again with tools/extend_tokenizer.py, or "
+            "delete it."
+        )
+    return extends
+
+
+def _write_extends(file: Path, extends: Sequence[str]) -> None:
+    tree = {"tokenizer": sha256_of(file), "extends": list(extends)}
+    publish_text(_extends_file(file), json.dumps(tree, indent=2) + "\n", "the record of an extension")
+
+
+def record_extension(base_path: str | Path, extended_path: str | Path) -> Tokenizer:
+    """Records beside the extended tokenizer that it extends the base (and what that extends), and returns it.
+
+    DataError unless every id of the base means the same piece in the extended one and EOS has the same id.
+    """
+    base, extended = load_tokenizer(base_path), load_tokenizer(extended_path)
+    where = f"{extended.file}: it does not extend {base.file}"
+    if type(base) is not type(extended):
+        raise DataError(f"{where}: one is a SentencePiece model, the other is not. Extend a tokenizer in its own form.")
+    if base.eos_id != extended.eos_id:
+        raise DataError(f"{where}: EOS is {base.eos_id} there and {extended.eos_id} here. Keep its id.")
+    ours = extended.pieces()
+    for index, piece in enumerate(base.pieces()):
+        if index >= len(ours) or ours[index] != piece:
+            here = repr(ours[index][0]) if index < len(ours) else "beyond the end"
+            raise DataError(
+                f"{where}: id {index} is {piece[0]!r} there and {here} here. Add pieces behind the base's own."
+            )
+    _write_extends(extended.file, sorted({*extended.extends, *base.extends, base.fingerprint}))
+    return load_tokenizer(extended.file)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+_LINE_CHARACTERS = 4000
+# Unigram sums its statistics a thread at a time: another number of threads would train another model.
+_THREADS = 4
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    out: Path,
+    vocab_size: int,
+    model_type: Literal["bpe", "unigram"] = "bpe",
+    field: str = "text",
+) -> Tokenizer:
+    """Trains a SentencePiece model on raw documents and publishes it at `out`, whose name must end with .model.
+
+    The same inputs give the same bytes. Nothing is normalised and bytes stand in for characters without a piece of
+    their own, so text comes back byte for byte; digits are split, so numbers are read digit by digit. Ids: 0 unknown,
+    1 BOS, 2 EOS. inputs: as for prepare. SentencePiece holds all text in memory: give it a sample of up to some GB.
+    DataError for what is wrong with the inputs, or a vocab_size that they cannot fill.
+    """
+    if out.suffix != ".model":
+        raise DataError(f"{out}: the name of a SentencePiece model must end with .model.")
+    lines = _TrainingLines(read_documents(inputs, field))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=4 * _LINE_CHARACTERS,
+            num_threads=_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if lines.failure is not None:
+            raise lines.failure from None
+        reason = str(error).rpartition("] ")[2].strip() or "there is no text in the inputs"
+        raise DataError(f"{out}: SentencePiece cannot train with vocab_size {vocab_size}: {reason}") from None
+    with disk_errors(out, "the tokenizer"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    publish_bytes(out, model.getvalue(), "the tokenizer")
+    return load_tokenizer(out)
+
+
+class _TrainingLines:
+    """Documents as the lines that SentencePiece's trainer takes, cut where they are longer than it takes.
+
+    The trainer turns whatever its iterator raises into a RuntimeError of its own: `failure` keeps the original.
+    """
+
+    def __init__(self, documents: Iterator[str]) -> None:
+        self.documents = documents
+        self.failure: BaseException | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for document in self.documents:
+                for line in document.split("\n"):
+                    for start in range(0, len(line), _LINE_CHARACTERS):
+                        yield line[start : start + _LINE_CHARACTERS]
+        except BaseException as error:
+            self.failure = error
+            raise
