@@ -58,17 +58,22 @@ def shipped(name: str) -> Path:
     return next((folder for folder in (package / name, package.parent / name) if folder.is_dir()), package / name)
 
 
+def find_shipped(path: str) -> str:
+    """A path as given where it exists, else the file that comes with megacl under that name: examples/data/..., say."""
+    folder, _, rest = path.partition("/")
+    ours = shipped(folder) / rest
+    return str(ours) if rest and not Path(path).exists() and ours.exists() else path
+
+
 def find_config(path: str) -> Path:
     """A configuration file: as given, or among those that come with megacl. Raises ConfigError if there is none."""
-    given = Path(path)
-    ours = shipped("configs")
+    given, ours = Path(path), shipped("configs")
     for candidate in (given, ours / given):
         if candidate.is_file():
             return candidate
     known = sorted(str(file.relative_to(ours)) for file in ours.rglob("*.yaml"))
-    raise ConfigError(
-        f"{path}: no such file, and no configuration of that name comes with megacl{nearest(path, known)}"
-    )
+    hint = nearest(path, known)
+    raise ConfigError(f"{path}: no such file, and no configuration of that name comes with megacl{hint}")
 
 
 def _parse(text: str, where: str) -> Any:

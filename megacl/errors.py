@@ -6,7 +6,9 @@ with exit status 2.
 
 
 class MegaclError(Exception):
-    """Base of the errors that the command line turns into one line and exit status 2."""
+    """Base of the errors that the command line turns into one line."""
+
+    exit_status = 2
 
 
 class ConfigError(MegaclError):
@@ -22,4 +24,10 @@ class CheckpointError(MegaclError):
 
 
 class LaunchError(MegaclError):
-    """The processes of a run cannot start together, or cannot go on (a loss that is not finite, for one)."""
+    """The processes of a run cannot start together."""
+
+
+class DivergedError(MegaclError):
+    """The loss or the gradient is not finite any more: not wrong input, but nothing to go on with."""
+
+    exit_status = 1

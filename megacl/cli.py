@@ -1,0 +1,260 @@
+"""The command line. Each verb imports what it needs inside, so that `megacl --help` answers at once.
+
+Exit status: 0 done; 75 stopped by a signal, the same command goes on (EX_TEMPFAIL); 2 wrong input; 1 a run that
+diverged, or a bug of ours, which shows its traceback.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megacl.errors import ConfigError, MegaclError
+
+if TYPE_CHECKING:
+    from megacl.checkpoint import Checkpoint
+    from megacl.engine import Engine
+    from megacl.parallel.ranks import Ranks
+
+app = typer.Typer(
+    help="megacl updates a language model with new data, without it forgetting what it knew.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look after prepared data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+GO_ON_LATER = 75
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[str], typer.Argument(help="JSONL files (.jsonl, .jsonl.gz, .jsonl.zst) or folders of them.")
+    ],
+    tokenizer: Annotated[str, typer.Option(help="SentencePiece .model, Hugging Face tokenizer.json, or a folder.")],
+    out: Annotated[Path, typer.Option(help="The data folder to make, or to add a generation to.")],
+    source: Annotated[str | None, typer.Option(help="The source's name; by default the folder's.")] = None,
+    validation: Annotated[float, typer.Option(help="The part of the documents that is held out.")] = 0.01,
+    field: Annotated[str, typer.Option(help="The key of a document's text.")] = "text",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count broken lines and go on.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+) -> None:
+    """Turn raw documents into tokenized shards and a manifest; goes on where it was interrupted."""
+    from rich.progress import Progress
+
+    from megacl.data.prepare import prepare as prepare_documents
+    from megacl.data.tokenizer import load_tokenizer
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"preparing {out}", total=None)
+        report = prepare_documents(
+            inputs,
+            tokenizer=load_tokenizer(tokenizer),
+            out=out,
+            source=source,
+            validation=validation,
+            field=field,
+            skip_bad=skip_bad,
+            workers=workers,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    print(report.text())
+
+
+@app.command()
+def train(
+    config: Annotated[list[str], typer.Argument(help="CONFIG.yaml... merged left to right, then section.key=value...")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would do, and stop.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on where the run directory stands.")] = True,
+) -> None:
+    """Train a run: its phases one after another. The same command goes on after an interruption."""
+    from megacl.configfile import load
+
+    files = [argument for argument in config if "=" not in argument]
+    run = load(files, [argument for argument in config if "=" in argument])
+    if dry_run:
+        from megacl.plan import plan_text
+
+        for line in plan_text(run):
+            print(line)
+        return
+    from megacl.trainer import train as train_run
+
+    if train_run(run, resume=resume) == "stopped":
+        _leave(GO_ON_LATER)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="RUN, RUN@PHASE, RUN@STEP or a checkpoint's folder.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Data folders; by default all that the model has seen.")
+    ] = None,
+    seq_length: Annotated[int | None, typer.Option(help="Tokens of context; by default as in training.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Loss, perplexity and bits per byte on held-out documents, per source; for a run also what it forgot."""
+    import json
+
+    from megacl.data.shards import open_source
+    from megacl.evaluate import evaluate_sources, sources_of, table_text
+
+    checkpoint, engine, ranks = _open_model(model)
+    named = {source.name: source for source in (open_source(folder) for folder in data or [])}
+    sources, problems = (named, []) if data else sources_of(checkpoint.lineage, {})
+    for problem in problems:
+        print(f"warning: not evaluated: {problem}", file=sys.stderr)
+    tokenizer = checkpoint.tokenizer()
+    for source in named.values():
+        if not tokenizer.matches(source.tokenizer_fingerprint):
+            raise ConfigError(f"{source.path}: prepared with another tokenizer than the model's; prepare it with that.")
+    results = evaluate_sources(
+        engine,
+        ranks,
+        sources,
+        seq_length=seq_length or checkpoint.config.seq_length,
+        micro_batch_size=checkpoint.config.evaluation.micro_batch_size,
+    )
+    if ranks.rank != 0:
+        return
+    if json_output:
+        print(json.dumps({name: result.record() for name, result in results.items()}, indent=1))
+        return
+    print(f"{checkpoint.path}: {checkpoint.lineage.tokens:,} tokens seen")
+    rows = [
+        [name, f"{r.loss:.4f}", f"{r.perplexity:.2f}", f"{r.bits_per_byte:.4f}", f"{r.tokens:,}"]
+        for name, r in results.items()
+    ]
+    for line in table_text(["source", "loss", "perplexity", "bits/byte", "tokens"], rows):
+        print(line)
+    _print_forgetting(Path(model))
+
+
+def _print_forgetting(run_dir: Path) -> None:
+    from megacl.evaluate import forgetting_table, table_text
+    from megacl.log import read_metrics
+
+    evaluations = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "evaluation"]
+    table = forgetting_table(evaluations)
+    if not table:
+        return
+    labels = [label for label, _ in max((row.losses for row in table), key=len)]
+    print("\nheld-out loss where the run began and at each phase's end")
+    rows = [
+        [
+            row.source,
+            *(f"{dict(row.losses)[label]:.4f}" if label in dict(row.losses) else "-" for label in labels),
+            f"{row.forgetting:+.4f}",
+            f"{row.gain:+.4f}",
+        ]
+        for row in table
+    ]
+    for line in table_text(["source", *labels, "forgetting", "gain"], rows):
+        print(line)
+
+
+@app.command()
+def lineage(
+    model: Annotated[str, typer.Argument(help="RUN, RUN@PHASE, RUN@STEP or a checkpoint's folder.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """What a model has seen, phase by phase."""
+    from megacl.checkpoint import find_checkpoint
+    from megacl.lineage import describe, load_lineage
+
+    found = load_lineage(find_checkpoint(model))
+    print(found.dump().rstrip() if json_output else describe(found))
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="RUN, RUN@PHASE, RUN@STEP or a checkpoint's folder.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the k likeliest only.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Text out of any checkpoint."""
+    from megacl.sample import sample as sample_text
+
+    checkpoint, engine, ranks = _open_model(model)
+    text = sample_text(
+        engine,
+        checkpoint.tokenizer(),
+        prompt,
+        tokens=tokens,
+        seq_length=checkpoint.config.seq_length,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+    )
+    if ranks.rank == 0:
+        print(prompt + text)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")],
+) -> None:
+    """One self-contained HTML page about one or several runs."""
+    from megacl.report import save_report
+
+    save_report(runs, out)
+    print(f"{out}: open it in a browser")
+
+
+@data_app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A data folder.")]) -> None:
+    """Compare every shard with its hash."""
+    from megacl.data.shards import verify_source
+
+    problems = verify_source(folder)
+    for problem in problems:
+        print(problem)
+    if problems:
+        _leave(2)
+    print(f"{folder}: every shard is as its manifest says")
+
+
+def _open_model(reference: str) -> "tuple[Checkpoint, Engine, Ranks]":
+    """A checkpoint and an engine that holds its weights: on one rank the native one, whatever trained it."""
+    import dataclasses
+
+    from megacl.checkpoint import find_checkpoint, open_checkpoint
+    from megacl.engine import build_engine
+    from megacl.model.gpt import build_model
+    from megacl.parallel.ranks import start_ranks
+
+    checkpoint = open_checkpoint(find_checkpoint(reference))
+    config = checkpoint.config
+    ranks = start_ranks(timeout=config.engine.timeout)
+    kind = config.engine.kind if ranks.world_size > 1 else "native"
+    engine = build_engine(
+        build_model(config.model, seed=config.seed),
+        engine=dataclasses.replace(config.engine, kind=kind),
+        optimizer=config.optimizer,
+        ranks=ranks,
+    )
+    load = checkpoint.load_weights()
+    engine.import_state(lambda name: {"weight": load(name)}, optimizer_step=0, loss_scale=None)
+    return checkpoint, engine, ranks
+
+
+def _leave(status: int) -> None:
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """Runs the command line: an error that the user can put right is one line and its exit status."""
+    try:
+        app()
+    except MegaclError as error:
+        if os.environ.get("RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0":
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)

@@ -1,0 +1,72 @@
+"""O(1) permutations: the order in which a source is read, with nothing built and nothing kept.
+
+    draws = np.arange(10)                        # the first ten draws from a source of n sequences
+    key = order_key(seed=0, fingerprint=source.fingerprint, seq_length=2048)
+    sequences = permuted(draws, n, key)          # int64, each of [0, n) once before any comes twice
+
+Order v1: index = L * b + R with L in [0, a), R in [0, b), a = ceil(sqrt n), b = ceil(n / a), so that a b exceeds n by
+less than a. Eight rounds of a Feistel network over these two digits, with addition instead of exclusive or (so that any
+a and b will do), make a bijection of [0, a b); what falls outside [0, n) is sent through again until it falls inside
+("cycle walking": Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). The round function is the finaliser of
+SplitMix64 (Steele, Lea & Flood 2014). A change of any of this is order v2, beside this one: runs depend on every bit.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+_UInt64 = NDArray[np.uint64]
+
+_ROUNDS = 8
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def order_key(*, seed: int, fingerprint: str, seq_length: int) -> int:
+    """The 64-bit key of a source's order: other data, another cut or another seed is another order."""
+    text = f"megacl order v1\n{seed}\n{fingerprint}\n{seq_length}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _mix(x: _UInt64) -> _UInt64:
+    """The finaliser of SplitMix64: each bit of the result depends on each bit of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permuted(draws: Int64, n: int, key: int) -> Int64:
+    """Which of n items each draw takes: draws [e n, e n + n) are a permutation of [0, n), another for each epoch e.
+
+    draws: int64 [N], non-negative. n: in [1, 2^62). Returns int64 [N] in [0, n). Raises ValueError otherwise.
+    """
+    if not 1 <= n < 2**62:
+        raise ValueError(f"n is {n}; it must lie in [1, 2^62)")
+    if draws.size and int(draws.min()) < 0:
+        raise ValueError("draws must not be negative")
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    with np.errstate(over="ignore"):  # arithmetic is modulo 2^64 on purpose
+        epochs = (draws // n).astype(np.uint64)
+        epoch_keys = _mix(epochs * _GOLDEN + np.uint64(key))
+        result = _feistel((draws % n).astype(np.uint64), epoch_keys, a, b)
+        outside = np.flatnonzero(result >= np.uint64(n))
+        while outside.size:
+            again = _feistel(result[outside], epoch_keys[outside], a, b)
+            result[outside] = again
+            outside = outside[again >= np.uint64(n)]
+    return result.astype(np.int64)
+
+
+def _feistel(index: _UInt64, keys: _UInt64, a: int, b: int) -> _UInt64:
+    """A bijection of [0, a b): each round adds to one digit a function of the other, which can be taken away again."""
+    left, right = np.divmod(index, np.uint64(b))
+    for r in range(_ROUNDS):
+        keys = keys + _GOLDEN
+        if r % 2 == 0:
+            left = (left + _mix(right ^ keys) % np.uint64(a)) % np.uint64(a)
+        else:
+            right = (right + _mix(left ^ keys) % np.uint64(b)) % np.uint64(b)
+    return left * np.uint64(b) + right

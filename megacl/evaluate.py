@@ -1,0 +1,182 @@
+"""Loss on held-out documents, per source; what was forgotten and what was gained.
+
+Every token of a source's held-out documents is predicted exactly once, the documents end to end, the first one after an
+end-of-document token; windows of seq_length tokens follow one another without overlap. So
+
+    loss          = nats over all tokens / tokens
+    bits per byte = nats over all tokens / ln 2 / UTF-8 bytes of the documents
+
+and models with different tokenizers compare by bits per byte.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from megacl.data.order import Int64
+from megacl.data.shards import Source
+from megacl.data.stream import open_recorded
+from megacl.engine import Engine
+from megacl.errors import DataError
+from megacl.lineage import Lineage
+from megacl.parallel.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class SourceLoss:
+    """The result for one source. text_bytes is in proportion where only the first sequences were read."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    nats: float
+    tokens: int
+    text_bytes: float
+
+    def record(self) -> dict[str, Any]:
+        """The result as it stands in metrics.jsonl."""
+        return asdict(self)
+
+
+def evaluate_source(
+    engine: Engine,
+    ranks: Ranks,
+    source: Source,
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    sequences: int | None = None,
+) -> SourceLoss:
+    """Loss of the model in `engine` on a source's held-out documents; every rank calls it and gets the same result.
+
+    sequences: read no more than the first so many windows. Raises DataError where nothing was held out.
+    """
+    held_out = source.validation.tokens
+    if not held_out:
+        raise DataError(f"source {source.name!r} ({source.path}) has no held-out documents to evaluate on.")
+    windows = -(-held_out // seq_length)
+    if sequences is not None:
+        windows = min(windows, sequences)
+    tokens = min(windows * seq_length, held_out)
+    mine = range(ranks.rank, windows, ranks.world_size)
+    # Under ZeRO-3 each forward pass is a collective: all ranks make as many as rank 0, the last ones over nothing.
+    batches = math.ceil(windows / ranks.world_size / micro_batch_size)
+    nats = 0.0
+    for batch in range(batches):
+        some = mine[batch * micro_batch_size : (batch + 1) * micro_batch_size]
+        nats += engine.nats(*_windows(source, some, seq_length, micro_batch_size))
+    total = float(ranks.sum(np.array([nats]))[0])
+    loss = total / tokens
+    text_bytes = source.validation.text_bytes * tokens / held_out
+    return SourceLoss(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=total / math.log(2) / text_bytes,
+        nats=total,
+        tokens=tokens,
+        text_bytes=text_bytes,
+    )
+
+
+def _windows(source: Source, numbers: range, seq_length: int, rows: int) -> tuple[Int64, Int64]:
+    """Inputs and targets, int64 [rows, T]; rows and places with nothing to predict have target -100."""
+    inputs = np.full((rows, seq_length), source.eos_id, dtype=np.int64)
+    targets = np.full((rows, seq_length), -100, dtype=np.int64)
+    for row, number in enumerate(numbers):
+        start = number * seq_length
+        length = min(seq_length, source.validation.tokens - start)
+        targets[row, :length] = source.validation.read(start, length)
+        inputs[row, 1:length] = targets[row, : length - 1]
+        if start:
+            inputs[row, 0] = source.validation.read(start - 1, 1)[0]
+    return inputs, targets
+
+
+def evaluate_sources(
+    engine: Engine,
+    ranks: Ranks,
+    sources: Mapping[str, Source],
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    sequences: int | None = None,
+) -> dict[str, SourceLoss]:
+    """`evaluate_source` for each source that has held-out documents."""
+    return {
+        name: evaluate_source(
+            engine, ranks, source, seq_length=seq_length, micro_batch_size=micro_batch_size, sequences=sequences
+        )
+        for name, source in sources.items()
+        if source.validation.tokens
+    }
+
+
+def sources_of(lineage: Lineage, named: Mapping[str, Source]) -> tuple[dict[str, Source], list[str]]:
+    """All that a model has seen, beside what a configuration names: sources by name, and what could not be opened."""
+    found = dict(named)
+    problems = []
+    for record in lineage.sources.values():
+        if record.fingerprint in {source.fingerprint for source in found.values()}:
+            continue
+        try:
+            source = open_recorded(record)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        name = record.name if record.name not in found else f"{record.name}-{record.fingerprint[:6]}"
+        found[name] = source
+    return found, problems
+
+
+# ---------------------------------------------------------------------------------------------- forgetting
+
+
+@dataclass(frozen=True)
+class ForgettingRow:
+    """How one source fared over the phases of a model."""
+
+    source: str
+    losses: list[tuple[str, float]]
+    """(label, loss) where the model began and at each phase's end, in order."""
+    forgetting: float
+    """How far the last loss lies above the best one before it; 0 where it does not."""
+    gain: float
+    """How far the last loss lies below the first one; negative where it rose."""
+
+
+def forgetting_table(evaluations: Iterable[Mapping[str, Any]]) -> list[ForgettingRow]:
+    """A row a source, from a run's evaluation records: where it began ("before") and the end of each phase."""
+    points: dict[str, list[tuple[str, float]]] = {}
+    for record in evaluations:
+        if record["at"] not in ("start", "end"):
+            continue
+        label = "before" if record["at"] == "start" else record["phase"]
+        for source, result in record["sources"].items():
+            points.setdefault(source, []).append((label, result["loss"]))
+    return [_row(source, losses) for source, losses in points.items()]
+
+
+def _row(source: str, losses: list[tuple[str, float]]) -> ForgettingRow:
+    last = losses[-1][1]
+    earlier = [loss for _, loss in losses[:-1]]
+    return ForgettingRow(
+        source=source,
+        losses=losses,
+        forgetting=max(0.0, last - min(earlier)) if earlier else 0.0,
+        gain=losses[0][1] - last,
+    )
+
+
+def table_text(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    """Lines of a plain table: first column to the left, numbers to the right."""
+    cells = [header, *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for row in cells:
+        first, *rest = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join([first, *rest]).rstrip()

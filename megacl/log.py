@@ -1,0 +1,125 @@
+"""What a run writes while it goes: metrics.jsonl first, the terminal, and TensorBoard where it is installed.
+
+metrics.jsonl holds one JSON object a line, flushed line by line: a `step` record for each optimizer step and an
+`evaluation` record for each evaluation (docs/formats.md). Only rank 0 writes; on the others every call does nothing.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+from megacl.errors import CheckpointError
+from megacl.publish import disk_errors, publish_text
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl. A torn last line (a crash while it was written) is passed over.
+
+    Raises CheckpointError, naming file and line, where any other line is not a JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                return
+            raise CheckpointError(f"{path}: line {number} is not JSON; take that line out to go on.") from None
+        yield record
+
+
+class RunLog:
+    """The log of one run on one rank."""
+
+    def __init__(self, run_dir: Path, *, rank: int, every_steps: int, tensorboard: bool) -> None:
+        """every_steps: optimizer steps between two lines where the terminal is not interactive."""
+        self._path = run_dir / "metrics.jsonl"
+        self._writes = rank == 0
+        self._every_steps = every_steps
+        self._file: IO[str] | None = None
+        self._progress: Progress | None = None
+        self._console = Console(file=sys.stderr, quiet=not self._writes, highlight=False)
+        self._tensorboard = _open_tensorboard(run_dir) if self._writes and tensorboard else None
+
+    def keep_until(self, step: int) -> None:
+        """Forgets the records after `step`: what an interrupted run did after its last checkpoint is done again."""
+        if self._writes and self._path.exists():
+            kept = [record for record in read_metrics(self._path) if record["step"] <= step]
+            publish_text(self._path, "".join(json.dumps(record) + "\n" for record in kept), "metrics")
+
+    def record(self, kind: str, **values: Any) -> None:
+        """Appends a record; a number in it that is not finite is written as null."""
+        if not self._writes:
+            return
+        with disk_errors(self._path, "metrics"):
+            if self._file is None:
+                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+            line = json.dumps({"kind": kind, **values, "time": time.time()}, allow_nan=False)
+            self._file.write(line + "\n")
+            self._file.flush()
+        if self._tensorboard is not None:
+            _to_tensorboard(self._tensorboard, kind, values)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar."""
+        self._console.print(line, markup=False, soft_wrap=True)
+
+    def warn(self, line: str) -> None:
+        """Prints a warning."""
+        self._console.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
+
+    def progress(self, step: int, total: int, text: str) -> None:
+        """Moves the progress bar; where the terminal is not interactive, prints a line every so many steps."""
+        if not self._writes:
+            return
+        if not self._console.is_terminal:
+            if step % self._every_steps == 0 or step == total:
+                self.say(f"step {step}/{total}  {text}")
+            return
+        if self._progress is None:
+            columns: list[ProgressColumn] = [
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            ]
+            self._progress = Progress(*columns, console=self._console)
+            self._progress.add_task(text, total=total, completed=step)
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=step, description=text)
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the files."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _open_tensorboard(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run_dir / "tensorboard"))
+
+
+def _to_tensorboard(writer: Any, kind: str, values: dict[str, Any]) -> None:
+    if kind == "step":
+        for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
+            if values[name] is not None:
+                writer.add_scalar(f"train/{name}", values[name], values["step"])
+    elif kind == "evaluation":
+        for source, result in values["sources"].items():
+            writer.add_scalar(f"loss/{source}", result["loss"], values["step"])

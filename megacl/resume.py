@@ -1,0 +1,178 @@
+"""What a run can go on from: its own newest checkpoint, a parent's, or nothing; and whether it still is the same run.
+
+What makes a run itself must match what its directory holds: the model, the tokenizer, the data, order, seed, optimizer,
+and for every phase that has begun its mixture, replay, batch, budget and schedule. How the arithmetic is carried out
+(engine, ranks, micro batch) and how it is watched (logging, evaluation, checkpoints) may change; phases may be
+appended, and those that have not begun may be edited.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megacl.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, open_checkpoint
+from megacl.config import RunConfig
+from megacl.configfile import load, to_tree
+from megacl.data.shards import Source, open_source
+from megacl.data.tokenizer import Tokenizer, load_tokenizer
+from megacl.errors import CheckpointError, ConfigError, DataError
+from megacl.lineage import Lineage
+from megacl.log import RunLog
+from megacl.parallel.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The data of a run, opened and found to fit."""
+
+    tokenizer: Tokenizer
+    sources: Mapping[str, Source]
+
+
+@dataclass(frozen=True)
+class Found:
+    config: RunConfig
+    """With every source's generation pinned."""
+    inputs: Inputs
+    checkpoint: Checkpoint | None
+    """The run's own newest one."""
+    parent: Checkpoint | None
+    """What start_from names, where the run is still at its beginning."""
+
+
+def find_run(config: RunConfig, run_dir: Path, ranks: Ranks, log: RunLog, *, resume: bool) -> Found:
+    """What a run directory and `start_from` hold, checked against the configuration. Every rank calls it.
+
+    Raises ConfigError where the directory holds a run with other settings, DataError where data or tokenizer are not
+    what the run or its model had, CheckpointError where there is nothing to start from.
+    """
+    stored = load([str(run_dir / "config.yaml")]) if (run_dir / "config.yaml").is_file() else None
+    if stored is not None and not resume:
+        raise CheckpointError(f"{run_dir}: holds a run already; leave out --no-resume, or name another run_dir.")
+    newest = newest_checkpoint(run_dir, log.warn) if ranks.rank == 0 else None
+    newest = ranks.broadcast(newest)
+    checkpoint = open_checkpoint(newest) if newest is not None else None
+    if stored is not None:
+        started = (run_dir / "metrics.jsonl").is_file()
+        begun = checkpoint.state.phase + 1 if checkpoint else int(started)
+        _check_same_run(config, stored, begun, run_dir)
+    parent = None
+    if config.start_from is not None and checkpoint is None:
+        parent = open_checkpoint(find_checkpoint(config.start_from))
+    config = _pin_generations(config, stored)
+    history = checkpoint or parent
+    inputs = _open_inputs(config, history.lineage if history else Lineage())
+    if history is not None:
+        _check_same_model(config, history)
+        _check_same_data(config, inputs, history)
+    return Found(config, inputs, checkpoint, parent)
+
+
+def _open_inputs(config: RunConfig, lineage: Lineage) -> Inputs:
+    sources = {name: open_source(source.path, source.generation) for name, source in config.sources.items()}
+    if not sources:
+        raise ConfigError("sources is empty; name at least one folder that `megacl prepare` wrote.")
+    first = next(iter(sources.values()))
+    tokenizer = load_tokenizer(config.tokenizer.path if config.tokenizer else first.tokenizer_file)
+    for name, source in sources.items():
+        if not tokenizer.matches(source.tokenizer_fingerprint):
+            raise DataError(
+                f"source {name!r} ({source.path}) was prepared with tokenizer {source.tokenizer_fingerprint[:12]}, and "
+                f"the run's is {tokenizer.fingerprint[:12]} ({tokenizer.file}); prepare it again with that one."
+            )
+    if lineage.phases and not tokenizer.matches(lineage.phases[-1].tokenizer):
+        raise DataError(
+            f"the model was trained with tokenizer {lineage.phases[-1].tokenizer[:12]}, and the run's is "
+            f"{tokenizer.fingerprint[:12]} ({tokenizer.file}); use the model's own, or one that extends it."
+        )
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {config.model.vocab_size}; it must be at least the tokenizer's, "
+            f"{tokenizer.vocab_size}."
+        )
+    return Inputs(tokenizer, sources)
+
+
+def _pin_generations(config: RunConfig, stored: RunConfig | None) -> RunConfig:
+    """Every source with its generation: the one given, the one that the run has had so far, or else the newest."""
+
+    def pinned(name: str) -> int:
+        source = config.sources[name]
+        before = stored.sources.get(name) if stored else None
+        if source.generation is not None:
+            return source.generation
+        if before is not None and before.path == source.path and before.generation is not None:
+            return before.generation
+        return open_source(source.path).generation
+
+    sources = {name: dataclasses.replace(source, generation=pinned(name)) for name, source in config.sources.items()}
+    return dataclasses.replace(config, sources=sources)
+
+
+_IDENTITY = ("model", "seed", "order", "start_from", "optimizer")
+
+
+def _check_same_run(config: RunConfig, stored: RunConfig, begun: int, run_dir: Path) -> None:
+    """Raises ConfigError where what makes the run in `run_dir` itself differs; begun: how many phases have begun."""
+    for key in _IDENTITY:
+        _compare(to_tree(stored)[key], to_tree(config)[key], key, run_dir)
+    if len(config.phases) < begun:
+        raise ConfigError(
+            f"run_dir {run_dir} holds a run that has begun {begun} phases, and this configuration has "
+            f"{len(config.phases)}; put them back, or name another run_dir."
+        )
+    for index in range(begun):
+        was, now = _phase_identity(stored, index), _phase_identity(config, index)
+        _compare(was, now, f"phases[{index}]", run_dir)
+
+
+def _phase_identity(config: RunConfig, index: int) -> dict[str, Any]:
+    """What makes a phase itself, defaults resolved: its budget in steps, and the batch."""
+    phase = config.phases[index]
+    tree: dict[str, Any] = to_tree(phase)
+    del tree["tokens"]
+    return {
+        **tree,
+        "steps": config.steps_of(phase),
+        "seq_length": config.seq_length_of(phase),
+        "global_batch_size": config.batch_size_of(phase),
+    }
+
+
+def _compare(was: Any, now: Any, path: str, run_dir: Path) -> None:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in {**was, **now}:
+            _compare(was.get(key), now.get(key), f"{path}.{key}", run_dir)
+    elif was != now:
+        raise ConfigError(
+            f"run_dir {run_dir} holds a run with {path} {was!r}, and this configuration has {now!r}; "
+            "put that back to go on with it, or name another run_dir."
+        )
+
+
+def _check_same_model(config: RunConfig, history: Checkpoint) -> None:
+    was, now = to_tree(history.config.model), to_tree(config.model)
+    for key in now:
+        if was[key] != now[key]:
+            raise ConfigError(
+                f"model.{key} is {now[key]!r}, and in {history.path} it is {was[key]!r}; "
+                "a model goes on in its own shape, so use that value."
+            )
+
+
+def _check_same_data(config: RunConfig, inputs: Inputs, history: Checkpoint) -> None:
+    """Raises DataError where a source of a phase that this run has begun is other data now."""
+    names = {phase.name for phase in config.phases}
+    for phase in history.lineage.phases:
+        if phase.name not in names:
+            continue  # a phase of an earlier run: its sources are opened by their record where they are replayed
+        for record in phase.sources:
+            source = inputs.sources.get(record.name)
+            if source is not None and source.fingerprint != record.fingerprint:
+                raise DataError(
+                    f"source {record.name!r} ({source.path}, generation {source.generation}) has fingerprint "
+                    f"{source.fingerprint[:12]}, and phase {phase.name!r} has begun with {record.fingerprint[:12]}; "
+                    f"give sources.{record.name}.generation, or add the new data as a source of another name."
+                )

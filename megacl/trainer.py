@@ -1,0 +1,273 @@
+"""A run: its phases one after another, logged, evaluated, saved, and stopped when it is told to.
+
+    outcome = train(config)        # on every rank; "done", or "stopped" where a signal asked for it
+
+The run directory is a contract that all readers share (docs/formats.md): config.yaml (resolved), metrics.jsonl,
+lineage.json, checkpoints/step-N/. Running the same configuration again goes on where the newest good checkpoint stands,
+and the result is the one of an undisturbed run.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from megacl.checkpoint import Checkpoint, RunState, prune_checkpoints, save_checkpoint
+from megacl.config import PhaseConfig, RunConfig
+from megacl.configfile import dump, to_tree
+from megacl.data.loader import Loader
+from megacl.data.provide import provide_sources
+from megacl.data.stream import PhaseStream, open_recorded, plan_phase
+from megacl.engine import Engine, build_engine
+from megacl.errors import DivergedError
+from megacl.evaluate import evaluate_sources, sources_of
+from megacl.lineage import Lineage, save_lineage
+from megacl.log import RunLog
+from megacl.model.gpt import build_model, flops_per_token
+from megacl.parallel.ranks import Ranks, start_ranks
+from megacl.publish import publish_text
+from megacl.resume import Inputs, find_run
+from megacl.schedules import build_schedule
+
+Outcome = Literal["done", "stopped"]
+
+
+def train(config: RunConfig, *, resume: bool = True) -> Outcome:
+    """Trains all phases of `config` that are not finished yet. Every rank calls it.
+
+    resume: go on where the run directory's newest good checkpoint stands; if False, a run directory that already holds
+    a run is an error. Raises ConfigError, DataError, CheckpointError, LaunchError or DivergedError, each in one line.
+    """
+    ranks = start_ranks(timeout=config.engine.timeout)
+    run_dir = Path(config.run_dir)
+    log = RunLog(
+        run_dir, rank=ranks.rank, every_steps=config.logging.every_steps, tensorboard=config.logging.tensorboard
+    )
+    try:
+        if ranks.rank == 0:
+            provide_sources(config.tokenizer, config.sources, log.say)
+        ranks.barrier()
+        found = find_run(config, run_dir, ranks, log, resume=resume)
+        run = _Run(config=found.config, run_dir=run_dir, ranks=ranks, log=log, inputs=found.inputs)
+        return run.train(found.checkpoint, found.parent)
+    finally:
+        log.close()
+
+
+@dataclass
+class _Run:
+    """One run on one rank: what its phases share."""
+
+    config: RunConfig
+    run_dir: Path
+    ranks: Ranks
+    log: RunLog
+    inputs: Inputs
+
+    def __post_init__(self) -> None:
+        self.stop = _StopSignal()
+        self.engine: Engine
+        self.lineage = Lineage()
+        self.step = 0
+        self.last_good: Path | None = None
+
+    def train(self, checkpoint: Checkpoint | None, parent: Checkpoint | None) -> Outcome:
+        config = self.config
+        model = build_model(config.model, seed=config.seed)
+        self.engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=self.ranks)
+        phase, samples = 0, 0
+        if checkpoint is not None:
+            state = checkpoint.state
+            self._load(checkpoint)
+            self.step, self.last_good = state.step, checkpoint.path
+            phase, samples = (state.phase + 1, 0) if state.phase_end else (state.phase, state.samples)
+        elif parent is not None:
+            self._load(parent)
+        self.evaluated, problems = sources_of(self.lineage, self.inputs.sources)
+        for problem in problems:
+            self.log.warn(f"not evaluated: {problem}")
+        if self.ranks.rank == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            publish_text(self.run_dir / "config.yaml", dump(config), "the configuration")
+        self.log.keep_until(self.step)
+        self.log.say(self._greeting(model_parameters=sum(p.numel() for p in model.parameters())))
+        if checkpoint is None:
+            self.log.keep_until(-1)
+            self._evaluate(config.phases[0].name, "start")
+        with self.stop:
+            for index in range(phase, len(config.phases)):
+                if self._train_phase(index, samples) == "stopped":
+                    return "stopped"
+                samples = 0
+        return "done"
+
+    def _greeting(self, *, model_parameters: int) -> str:
+        what = f"{model_parameters:,} parameters, {self.config.engine.kind} engine, {self.ranks.world_size} rank(s)"
+        where = f"going on at step {self.step}" if self.step else "from the beginning"
+        return f"run {self.run_dir}: {what}, {self.config.total_steps} steps, {where}"
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        self.lineage = checkpoint.lineage
+        state = checkpoint.state
+        self.engine.import_state(
+            checkpoint.load_state(), optimizer_step=state.optimizer_step, loss_scale=state.loss_scale
+        )
+
+    def _begin_phase(self, index: int) -> None:
+        """Plans the phase, appends its record to the lineage, and resets the optimizer where the phase asks for it."""
+        config, phase = self.config, self.config.phases[index]
+        first = not self.lineage.phases
+        keep = phase.optimizer_state == "keep" or (
+            phase.optimizer_state is None and phase.schedule.keeps_optimizer_state
+        )
+        if not keep and not first:
+            self.engine.reset_optimizer()
+        record = plan_phase(
+            self.lineage,
+            phase,
+            self.inputs.sources,
+            run=self.run_dir.name,
+            seed=config.seed,
+            seq_length=config.seq_length_of(phase),
+            global_batch_size=config.batch_size_of(phase),
+            steps=config.steps_of(phase),
+            schedule=to_tree(phase.schedule),
+            optimizer_state="new" if first else "kept" if keep else "reset",
+            start_lr=self.lineage.phases[-1].last_lr if self.lineage.phases else 0.0,
+        )
+        self.lineage = self.lineage.with_phase(record)
+
+    def _train_phase(self, index: int, samples: int) -> Outcome:
+        config, phase = self.config, self.config.phases[index]
+        if samples == 0 and phase.name not in {record.name for record in self.lineage.phases}:
+            self._begin_phase(index)
+        batch_size, steps = config.batch_size_of(phase), config.steps_of(phase)
+        stream = PhaseStream(self.lineage, lambda record: open_recorded(record, list(self.inputs.sources.values())))
+        for line in stream.repeats():
+            self.log.warn(line)
+        loader = Loader(
+            stream,
+            batch_size=batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            vocab_size=config.model.vocab_size,
+        )
+        loader.load_state_dict({"samples": samples})
+        schedule = build_schedule(
+            phase.schedule,
+            steps=steps,
+            tokens_per_step=config.tokens_per_step(phase),
+            last_lr=stream.record.start_lr,
+        )
+        before = self.lineage.tokens - self.lineage.phases[-1].tokens
+        for batch in loader:
+            samples = batch.first_sample + batch_size
+            lr = schedule(samples // batch_size)
+            self._step(phase, batch.tokens, lr, samples=samples, tokens_seen=before + samples * stream.seq_length)
+            self.lineage = self.lineage.with_phase(stream.seen(samples, lr))
+            ended = samples == steps * batch_size
+            if ended or _due(self.step, config.evaluation.every_steps):
+                self._evaluate(phase.name, "end" if ended else "interval")
+            told_to_stop = self.ranks.any(self.stop.received)
+            if ended or told_to_stop or _due(self.step, config.checkpoint.every_steps):
+                self._save(RunState(step=self.step, phase=index, samples=samples, phase_end=ended))
+            if told_to_stop and not (ended and index + 1 == len(config.phases)):
+                self.log.say(f"told to stop: saved at step {self.step}; the same command goes on from there")
+                return "stopped"
+        return "done"
+
+    def _step(self, phase: PhaseConfig, tokens: Any, lr: float, *, samples: int, tokens_seen: int) -> None:
+        start = time.perf_counter()
+        result = self.engine.step(tokens, lr)
+        seconds = time.perf_counter() - start
+        self.step += 1
+        config = self.config
+        skipped = not result.applied and config.engine.precision == "fp16" and math.isfinite(result.loss)
+        if not (math.isfinite(result.loss) and (result.applied or skipped)):
+            what = "loss" if not math.isfinite(result.loss) else "gradient"
+            good = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was saved yet"
+            raise DivergedError(
+                f"step {self.step}: the {what} is not finite, and the update was not made; {good}. "
+                "Lower max_lr or lengthen the warm-up in a new run_dir, or look at the batch's data."
+            )
+        rate = config.tokens_per_step(phase) / seconds
+        flops = rate * flops_per_token(config.model, config.seq_length_of(phase))
+        self.log.record(
+            "step",
+            step=self.step,
+            phase=phase.name,
+            samples=samples,
+            tokens=tokens_seen,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
+            applied=result.applied,
+            seconds=seconds,
+            tokens_per_second=rate,
+            flops_per_second=flops,
+        )
+        text = f"{phase.name}  loss {result.loss:.4f}  lr {lr:.3g}  {rate:,.0f} tokens/s  {flops / 1e9:,.1f} GFLOP/s"
+        self.log.progress(self.step, config.total_steps, text)
+
+    def _evaluate(self, phase: str, at: str) -> None:
+        evaluation = self.config.evaluation
+        results = evaluate_sources(
+            self.engine,
+            self.ranks,
+            self.evaluated,
+            seq_length=self.config.seq_length,
+            micro_batch_size=evaluation.micro_batch_size,
+            sequences=evaluation.sequences,
+        )
+        self.log.record(
+            "evaluation",
+            step=self.step,
+            phase=phase,
+            tokens=self.lineage.tokens,
+            at=at,
+            sources={name: result.record() for name, result in results.items()},
+        )
+        losses = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
+        self.log.say(f"held-out loss at step {self.step}: {losses}")
+
+    def _save(self, state: RunState) -> None:
+        self.last_good = save_checkpoint(
+            self.engine,
+            self.ranks,
+            self.run_dir,
+            state,
+            lineage=self.lineage,
+            config=self.config,
+            tokenizer=self.inputs.tokenizer,
+        )
+        if self.ranks.rank == 0:
+            save_lineage(self.lineage, self.run_dir)
+            prune_checkpoints(self.run_dir, self.config.checkpoint.keep_last)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGUSR1 while it is entered: the run saves after the step that is under way, and ends."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def __enter__(self) -> "_StopSignal":
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
