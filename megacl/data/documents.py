@@ -75,6 +75,10 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
             )
         else:
             names.append(name)
+    places: dict[str, str] = {}
+    for name in names:
+        if (first := places.setdefault(os.path.realpath(name), name)) is not name:
+            raise DataError(f"{name}: given twice, the first time as {first}. Leave one out.")
     return [_describe(name) for name in names]
 
 

@@ -18,8 +18,8 @@ from pydantic.dataclasses import dataclass
 from megacl.errors import DataError
 from megacl.publish import publish_bytes, publish_text
 
-FORMAT = "megacl-data"
-VERSION = 1
+FORMAT: Literal["megacl-data"] = "megacl-data"
+VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 SHARDS = "shards.arrow"
 

@@ -1,0 +1,165 @@
+"""Blocks of raw documents -> shards in a work folder, on several processes, each block once.
+
+A block leaves in the work folder at most one train and one validation shard and then its result file, KEY.json, each
+published by rename. The key is a hash of the block's files (names, sizes, times of change), its place in them and of
+all that decides what becomes of it, so a later call finds what an interrupted one has done and does the rest; mending
+one bad file costs that file alone.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from megacl.data.documents import Block, read_segment
+from megacl.data.manifest import ShardRow, Split
+from megacl.data.shards import Tokens, token_dtype, write_shard
+from megacl.data.tokenizer import load_tokenizer
+from megacl.data.workers import run_on_workers
+from megacl.errors import DataError
+from megacl.publish import disk_errors, publish_text
+
+WORKER_BYTES = 512 * 2**20
+"""What a worker needs at most, for lines shorter than a block; measured with blocks of 32 MB and byte tokens."""
+
+_BATCH_CHARACTERS = 2**20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a block becomes is a function of its lines and this; skip_bad only decides whether it becomes anything."""
+
+    tokenizer_file: Path
+    tokenizer_fingerprint: str
+    validation: float
+    field: str
+    skip_bad: bool
+
+    def key(self, block: Block) -> str:
+        """The name of a block's files in the work folder."""
+        settings = [self.tokenizer_fingerprint, self.validation, self.field]
+        segments = [[asdict(segment.file), segment.start, segment.end] for segment in block]
+        return hashlib.sha256(json.dumps([settings, segments]).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a block: its shards in the work folder, and counts."""
+
+    rows: tuple[ShardRow, ...]
+    bad_lines: int
+    empty_documents: int
+    cost: int  # bytes of input on disk
+
+
+_DONE = TypeAdapter(Done)
+
+
+def prepare_blocks(
+    blocks: Iterator[Block], recipe: Recipe, work: Path, workers: int, progress: Callable[[int], None] | None
+) -> list[Done]:
+    """What became of every block, in order: found in the work folder, or done now.
+
+    progress is called with the bytes of input done. Raises what read_segment, write_shard and run_on_workers raise.
+    """
+    with disk_errors(work, "the work folder"):
+        work.mkdir(exist_ok=True)
+        for file in work.glob(".*.tmp"):
+            file.unlink()  # what a killed worker was writing
+    keys: list[str] = []
+    done: dict[str, Done] = {}
+    found_cost = 0
+
+    def undone() -> Iterator[tuple[str, Block]]:
+        nonlocal found_cost
+        for block in blocks:
+            keys.append(recipe.key(block))
+            found = _read_done(work, keys[-1])
+            if found and (recipe.skip_bad or not found.bad_lines):
+                done[keys[-1]] = found
+                found_cost += found.cost
+            else:
+                yield keys[-1], block
+
+    made_cost = 0
+    with contextlib.closing(run_on_workers(partial(_BlockWriter, recipe, work), undone(), workers)) as results:
+        for key, result in results:
+            done[key] = result
+            made_cost += result.cost
+            if progress:
+                progress(found_cost + made_cost)
+    return [done[key] for key in keys]
+
+
+class _BlockWriter:
+    """Turns a block into shards in the work folder; one in every worker."""
+
+    def __init__(self, recipe: Recipe, work: Path) -> None:
+        self.recipe, self.work = recipe, work
+        self.tokenizer = load_tokenizer(recipe.tokenizer_file)
+        if self.tokenizer.fingerprint != recipe.tokenizer_fingerprint:
+            raise DataError(f"{recipe.tokenizer_file}: the tokenizer changed meanwhile. Run the same command again.")
+        self.dtype = token_dtype(self.tokenizer.vocab_size)
+        self.threshold = int(recipe.validation * 2**64)
+
+    def __call__(self, task: tuple[str, Block]) -> tuple[str, Done]:
+        key, block = task
+        documents: dict[Split, list[Tokens]] = {"train": [], "validation": []}
+        text_bytes: Counter[Split] = Counter()
+        bad = empty = 0
+        texts: list[str] = []
+        characters = 0
+
+        def encode() -> None:
+            for text, ids in zip(texts, self.tokenizer.encode(texts), strict=True):
+                raw = text.encode()
+                split = self._split(raw)
+                documents[split].append(np.append(ids, np.uint32(self.tokenizer.eos_id)).astype(self.dtype))
+                text_bytes[split] += len(raw)
+            texts.clear()
+
+        for text in chain.from_iterable(
+            read_segment(segment, self.recipe.field, self.recipe.skip_bad) for segment in block
+        ):
+            if not text:
+                bad, empty = bad + (text is None), empty + (text == "")
+                continue
+            texts.append(text)
+            characters += len(text)
+            if characters >= _BATCH_CHARACTERS:
+                encode()
+                characters = 0
+        encode()
+
+        rows = tuple(
+            write_shard(
+                self.work / f"{key}-{split}.arrow", found, self.dtype, split=split, text_bytes=text_bytes[split]
+            )
+            for split, found in documents.items()
+            if found
+        )
+        result = Done(rows, bad, empty, cost=sum(segment.cost for segment in block))
+        publish_text(self.work / f"{key}.json", str(_DONE.dump_json(result), "utf-8"), "the result of a block")
+        return key, result
+
+    def _split(self, raw: bytes) -> Split:
+        held_out = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") < self.threshold
+        return "validation" if held_out else "train"
+
+
+def _read_done(work: Path, key: str) -> Done | None:
+    """What became of a block earlier, if all of it still lies in the work folder."""
+    try:
+        found = _DONE.validate_json((work / f"{key}.json").read_bytes())
+        complete = all((work / row.path).stat().st_size == row.size for row in found.rows)
+    except FileNotFoundError:
+        return None
+    return found if complete else None
