@@ -15,36 +15,27 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megacl"
 
 # A package that stands here as a whole (kernels, parallel, convert) speaks for the modules inside it.
 LEVELS = [
-    ["megacl", "errors", "publish", "config", "configfile", "data.__init__", "model.__init__", "model.config"],
-    ["log", "schedules", "lineage", "kernels", "parallel", "data.shards", "data.tokenizer", "data.order"],
-    [
-        "data.prepare",
-        "data.documents",
-        "data.sequences",
-        "data.mixture",
-        "data.replay",
-        "data.stream",
-        "data.loader",
-        "model.layers",
-        "model.gpt",
-        "optimizer",
-    ],
-    ["engine", "engine_deepspeed", "checkpoint", "parallel.apply"],
-    ["convert", "evaluate", "predict", "plan", "sample"],
-    ["trainer"],
-    ["release", "report", "report_page", "report_plots", "slurm"],
-    ["study"],
-    ["cli", "__main__"],
+    "megacl errors publish config configfile data.__init__ model.__init__ model.config",
+    "log schedules lineage kernels parallel "
+    "data.manifest data.shards data.documents data.workers data.tokenizer data.order",
+    "data.blocks data.prepare data.provide data.sequences data.mixture data.replay data.stream data.loader "
+    "model.layers model.gpt optimizer",
+    "engine engine_deepspeed checkpoint parallel.apply",
+    "convert evaluate predict plan sample resume",
+    "trainer",
+    "release report report_run report_plots slurm",
+    "study",
+    "cli __main__",
 ]
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 
 ONLY_IN = {
     "deepspeed": ["engine", "engine_deepspeed", "checkpoint", "parallel.ulysses"],
     "triton": ["kernels"],
-    "plotly": ["report", "report_page", "report_plots"],
+    "plotly": ["report", "report_plots"],
     "transformers": ["data.tokenizer", "convert"],
 }
-LATE_TORCH = [*LEVELS[0], "data", *LEVELS[-1]]
+LATE_TORCH = [*LEVELS[0].split(), "data", *LEVELS[-1].split()]
 EARLY_TORCH = ["data.loader"]  # its batches are tensors
 
 
