@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from megacl.errors import ConfigError
-from megacl.model.config import ModelConfig
+from megacl.model.config import STRICT, ModelConfig
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -58,7 +58,7 @@ Floor = Annotated[float, Field(ge=0, description="a learning rate")]
 
 @dataclass(frozen=True, kw_only=True)
 class _Schedule:
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     warmup: Length = "1%"
     """Linear rise to max_lr, from where the last phase ended (from 0 in a model's first phase)."""
@@ -169,7 +169,7 @@ Weight = Annotated[float, Field(gt=0, description="a weight, relative to its nei
 class TokenizerConfig:
     """The tokenizer: a SentencePiece .model file, a Hugging Face tokenizer.json, or a folder that holds one."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     path: str
     train: "TokenizerTraining | None" = None
@@ -180,7 +180,7 @@ class TokenizerConfig:
 class TokenizerTraining:
     """A SentencePiece model with byte fallback, trained on raw documents."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     documents: tuple[str, ...]
     vocab_size: Annotated[int, Field(ge=300, description="the number of pieces, the 256 bytes included")]
@@ -191,7 +191,7 @@ class TokenizerTraining:
 class SourceConfig:
     """One source of tokens: a folder that `megacl prepare` wrote."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     path: str
     generation: Annotated[int, Field(ge=1, description="a state of the source's manifest")] | None = None
@@ -205,7 +205,7 @@ class SourceConfig:
 class ReplayConfig:
     """A share of earlier data in every batch, taken out of the new data's tokens: the total stays the same."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     share: Annotated[float, Field(ge=0, lt=1, description="the part of each batch drawn from earlier data")]
     from_: Annotated[dict[str, Weight] | None, Field(alias="from")] = None
@@ -218,7 +218,7 @@ class ReplayConfig:
 class PhaseConfig:
     """One stretch of training: a mixture, a budget, a schedule, a replay share."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the phase's name")]
     mixture: dict[str, Weight]
@@ -239,7 +239,7 @@ class PhaseConfig:
 class OptimizerConfig:
     """AdamW; weight decay on matrices only (never on norms and biases)."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: Literal["adamw"] = "adamw"
     beta1: Annotated[float, Field(ge=0, lt=1, description="the decay of the first moment")] = 0.9
@@ -253,7 +253,7 @@ class OptimizerConfig:
 class EngineConfig:
     """How the arithmetic is carried out. Nothing here changes what a run is: all of it may differ after a resume."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: Literal["native", "deepspeed"] = "native"
     micro_batch_size: Annotated[int, Field(ge=1, description="sequences per forward pass on one rank")] | None = None
@@ -270,7 +270,7 @@ class EngineConfig:
 class CheckpointConfig:
     """When to save. A checkpoint is also saved at each phase's end and when the run is told to stop."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     every_steps: Annotated[int, Field(ge=1, description="optimizer steps between two checkpoints")] | None = None
     keep_last: Annotated[int, Field(ge=1, description="how many checkpoints inside a phase to keep")] | None = 2
@@ -281,7 +281,7 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Loss on held-out documents of every source that the model has seen or will see."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     every_steps: Annotated[int, Field(ge=1, description="optimizer steps between two evaluations")] | None = None
     """Null: only where a run begins and at each phase's end."""
@@ -294,7 +294,7 @@ class EvaluationConfig:
 class LoggingConfig:
     """What is written beside metrics.jsonl, which always has one record a step."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     every_steps: Annotated[int, Field(ge=1, description="optimizer steps between two lines on the terminal")] = 10
     tensorboard: bool = True
@@ -305,7 +305,7 @@ class LoggingConfig:
 class RunConfig:
     """All of a run. `dump` of it is itself a configuration file."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     run_dir: Annotated[str, Field(min_length=1, description="the folder that holds all that the run writes")]
     model: ModelConfig

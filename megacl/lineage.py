@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megacl.errors import CheckpointError
+from megacl.model.config import STRICT
 from megacl.publish import publish_text
 
 _VERSION = 1
@@ -71,7 +72,7 @@ class ReplayRecord:
 class PhaseRecord:
     """One phase: what it read, in which order, how far it went, and under which schedule."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     run: str
     """The run directory's name."""
@@ -109,7 +110,7 @@ class PhaseRecord:
 class Lineage:
     """The phases that a model went through, in order."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     format: Literal["megacl-lineage"] = "megacl-lineage"
     version: Literal[1] = 1

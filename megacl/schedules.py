@@ -27,8 +27,8 @@ Schedule = Callable[[int], float]
 
 
 def _between(start: float, end: float, passed: float) -> float:
-    """start + (end - start) * passed, exact at both ends."""
-    return (1.0 - passed) * start + passed * end
+    """start + (end - start) * passed, exact at both ends (the sum alone may miss `end` by a rounding)."""
+    return end if passed == 1.0 else start + (end - start) * passed
 
 
 def _check(position: float) -> None:

@@ -138,7 +138,7 @@ def _plan_replay(
 ) -> ReplayRecord:
     share = str(share_of(replay.share))
     if replay.from_sources:
-        return ReplayRecord(share=share, **{"from": ()}, from_sources=records(replay.from_sources))  # type: ignore[arg-type]
+        return ReplayRecord(share=share, from_sources=records(replay.from_sources))
     own = {phase.name: phase.own_samples * phase.seq_length for phase in lineage.phases if phase.own_samples}
     weights: Mapping[str, float] = replay.from_ or own
     if not weights:

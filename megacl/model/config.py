@@ -5,6 +5,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""How pydantic checks every section of a configuration: no key that is not known, no number that is none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -14,7 +17,7 @@ class ModelConfig:
     form llama: RMSNorm, no biases, attention then MLP, rotary on the whole head, SwiGLU, grouped key/value heads.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     form: Annotated[Literal["gpt_neox", "llama"], Field(description="the family of the decoder block")] = "gpt_neox"
     vocab_size: Annotated[int, Field(ge=2, description="the number of rows of the embedding, padding included")]

@@ -1,0 +1,82 @@
+"""Sources for tests whose tokens say where they lie: token p of source s is s * 100,000 + p."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from megacl.config import PhaseConfig
+from megacl.configfile import to_tree
+from megacl.data.stream import PhaseStream, plan_phase
+from megacl.lineage import Lineage
+
+STRIDE = 100_000
+
+
+class CountingStream:
+    """A token stream that holds its own positions."""
+
+    def __init__(self, number: int, tokens: int) -> None:
+        self.number, self.tokens = number, tokens
+
+    def gather(self, starts: Any, length: int) -> Any:
+        assert starts.dtype == np.int64
+        assert np.all((starts >= 0) & (starts + length <= self.tokens))
+        return self.number * STRIDE + starts[:, None] + np.arange(length)
+
+
+def counting_source(number: int, tokens: int) -> Any:
+    return SimpleNamespace(
+        name=f"s{number}",
+        path=f"/data/s{number}",
+        generation=1,
+        fingerprint=f"fingerprint-{number}-{tokens}",
+        tokenizer_fingerprint="tokenizer",
+        train=CountingStream(number, tokens),
+    )
+
+
+def phase_config(name: str, mixture: dict[str, float], steps: int, **more: Any) -> PhaseConfig:
+    from pydantic import TypeAdapter
+
+    tree = {
+        "name": name,
+        "mixture": mixture,
+        "steps": steps,
+        "schedule": {"kind": "constant", "max_lr": 1e-3},
+        **more,
+    }
+    return TypeAdapter(PhaseConfig).validate_python(tree)
+
+
+def begin(
+    lineage: Lineage,
+    phase: PhaseConfig,
+    sources: dict[str, Any],
+    *,
+    seq_length: int,
+    batch: int,
+    seed: int = 0,
+) -> PhaseStream:
+    """The stream of a phase that begins after `lineage`."""
+    assert phase.steps is not None
+    record = plan_phase(
+        lineage,
+        phase,
+        sources,
+        run="test",
+        seed=seed,
+        seq_length=seq_length,
+        global_batch_size=batch,
+        steps=phase.steps,
+        schedule=to_tree(phase.schedule),
+        optimizer_state="new",
+        start_lr=0.0,
+    )
+    by_fingerprint = {source.fingerprint: source for source in sources.values()}
+    return PhaseStream(lineage.with_phase(record), lambda wanted: by_fingerprint[wanted.fingerprint])
+
+
+def finish(lineage: Lineage, stream: PhaseStream, samples: int | None = None) -> Lineage:
+    """The lineage after the stream's phase, or after its first `samples` samples."""
+    return lineage.with_phase(stream.seen(stream.record.budget_samples if samples is None else samples, 1e-3))

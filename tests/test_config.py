@@ -1,0 +1,171 @@
+"""Configurations: merged, checked, written and read back; whatever is wrong is said in one line."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megacl.configfile import dump, from_tree, load, load_tree, shipped
+from megacl.errors import ConfigError
+
+BASE = """
+run_dir: runs/x
+model: {vocab_size: 100, hidden_size: 32, num_layers: 2, num_attention_heads: 4}
+sources: {a: {path: data/a}, b: {path: data/b}}
+seq_length: 32
+global_batch_size: 8
+phases:
+  - {name: p0, mixture: {a: 1}, steps: 100, schedule: {kind: cosine, max_lr: 3e-4}}
+  - {name: p1, mixture: {b: 1}, tokens: 2e5, schedule: {kind: wsd, max_lr: 3e-4}, replay: {share: 0.2, from: {p0: 1}}}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return str(path)
+
+
+def test_the_resolved_configuration_is_itself_a_configuration(base: str, tmp_path: Path) -> None:
+    config = load([base])
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump(config))
+    assert load([str(again)]) == config
+
+
+@given(st.floats(1e-12, 1e3), st.integers(1, 10**15))
+def test_numbers_come_back_from_the_file_to_the_last_bit(rate: float, steps: int) -> None:
+    tree = yaml.safe_load(BASE)
+    tree["phases"][0]["schedule"] = {"kind": "constant", "max_lr": rate}
+    tree["phases"][0]["steps"] = steps
+    tree["phases"][1]["tokens"] = 200_000
+    config = from_tree(tree)
+    assert config.phases[0].schedule.max_lr == rate
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(dump(config))
+        file.flush()
+        assert load([file.name]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3e-4", 3e-4), ("1E5", 1e5), ("2e9", 2e9), (".5", 0.5), ("1.", 1.0), ("-1e-3", -1e-3)]
+)
+def test_a_number_with_an_exponent_is_a_number(text: str, value: float, base: str) -> None:
+    assert load_tree([base], [f"x={text}"])["x"] == value
+
+
+@pytest.mark.parametrize("text", ["1e", "e5", "3-4", "1.2.3", "--5", "3e-4x", "step-0001"])
+def test_what_only_looks_like_a_number_stays_text(text: str, base: str) -> None:
+    assert load_tree([base], [f"x={text}"])["x"] == text
+
+
+def test_files_merge_left_to_right_and_overrides_come_last(base: str, tmp_path: Path) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text("model: {hidden_size: 64}\nsources: {c: {path: data/c}}\nseed: 3\n")
+    config = load([base, str(over)], ["seed=4", "phases[0].schedule.max_lr=1e-3", "phases.1.steps=null"])
+    assert (config.model.hidden_size, config.model.num_layers) == (64, 2)
+    assert list(config.sources) == ["a", "b", "c"]
+    assert config.seed == 4
+    assert config.phases[0].schedule.max_lr == 1e-3
+
+
+def test_what_follows_from_a_setting_is_derived(base: str) -> None:
+    config = load([base])
+    p0, p1 = config.phases
+    assert config.tokens_per_step(p1) == 256
+    assert (config.steps_of(p0), config.steps_of(p1)) == (100, 781)
+    assert config.total_steps == 881
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("phases[1].replay.share=1.2", "phases[1].replay.share is 1.2; it must be less than 1. It is the part of each"),
+        ("phases[1].replay.share=-0.1", "phases[1].replay.share is -0.1; it must be greater than or equal to 0"),
+        ("sources.a.pth=x", "sources.a.pth is not a setting; did you mean sources.a.path?"),
+        ("max_lr=3", "max_lr is not a setting; it belongs at phases[].schedule.max_lr."),
+        ("phases[0].schedule.min=3", "phases[0].schedule.min is not a setting; did you mean phases[0].schedule.min_lr?"),
+        ("xyz=3", "xyz is not a setting; known here: run_dir, model"),
+        ("phases[0].schedule.kind=cosin", "did you mean 'cosine'?"),
+        ("phases[0].schedule={max_lr: 1}", "phases[0].schedule.kind is missing; it must be one of constant, linear"),
+        ("phases[0].schedule.warmup=10", 'is 10; it must be a length such as "100 steps"'),
+        ("phases[0].schedule.warmup=101 steps", "phases[0].schedule is longer than its phase: warmup 101 = 101 steps"),
+        ("phases[1].schedule.decay=100%", "longer than its phase: warmup 8 + decay 781 = 789 steps, and the phase has"),
+        ("phases[0].schedule.min_lr=3e-3", "phases[0].schedule.min_lr is 0.003; it must not exceed max_lr, 0.0003."),
+        ("phases[0].schedule.max_lr=last", "but there is no earlier phase; give a number."),
+        ("phases[0].schedule.max_lr=high", "phases[0].schedule.max_lr is 'high'; it must be a valid number"),
+        ("model.num_attention_heads=5", "model.num_attention_heads is 5; it must divide hidden_size, 32."),
+        ("model.vocab_size=", "model.vocab_size is None; it must be a valid integer. It is the number of rows"),
+        ("engine.zero_stage=4", "engine.zero_stage is 4; it must be less than or equal to 3"),
+        ("engine.micro_batch_size=3", "global_batch_size of phases[0] is 8; it must be a multiple of engine.micro_batch"),
+        ("phases[0].schedule.max_lr=.inf", "phases[0].schedule.max_lr is inf; it must be a finite number"),
+        ("phases=[]", "phases is empty"),
+        ("phases=3", "phases is 3; it must be a list."),
+        ("model=3", "model is 3; it must be a mapping of settings."),
+        ("phases[0].tokens=3", "phases[0] must have a budget, either tokens or steps, and not both."),
+        ("phases[1].tokens=255", "phases[1].tokens is 255; it must hold at least one batch, 8 x 32 = 256 tokens."),
+        ("phases[1].mixture={c: 1}", "phases[1].mixture names 'c', which is not in sources."),
+        ("phases[1].mixture={}", "phases[1].mixture is empty"),
+        ("phases[0].mixture.a=0", "phases[0].mixture.a is 0; it must be greater than 0"),
+        ("phases[1].replay.from={p: 1}", "phases[1].replay.from names 'p', which is no earlier phase; did you mean 'p0'?"),
+        ("phases[0].replay={share: 0.1}", "phases[0].replay has nothing to replay: this is the model's first phase."),
+        ("phases[1].replay.from_sources={a: 1}", "has both from and from_sources"),
+        ("phases[1].name=p0", "phases[1].name is 'p0', as that of phases[0]; name it differently."),
+        ("phases[0].name=a b", "phases[0].name is 'a b'; it must match pattern"),
+        ("phases[7].name=x", "there is no element 7; the list has 2, counted from 0."),
+        ("run_dir.x=1", "'x' lies below a plain value, 'runs/x'."),
+        ("no-equals-sign", "an override has the form section.key=value."),
+        ("seed=[1", "it is not valid YAML"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_says_what_where_and_what_to_do(base: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([base], [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_setting_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(BASE.replace("seq_length: 32\n", ""))
+    with pytest.raises(ConfigError, match="^seq_length is missing; every configuration must give it"):
+        load([str(path)])
+
+
+def test_zero_stage_0_in_low_precision_names_the_stage_that_works(base: str) -> None:
+    with pytest.raises(ConfigError, match="use zero_stage 1"):
+        load([base], ["engine={kind: deepspeed, zero_stage: 0, precision: bf16}"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: 1\na: 2\n", r"line 1 the key 'a' stands twice"),
+        ("a: [1\n", r"line \d+ .* it is not valid YAML"),
+        ("- 1\n", "it holds no mapping of settings"),
+        ("", "it holds no mapping of settings"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load([str(path)])
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_not_there_names_the_nearest_of_ours() -> None:
+    with pytest.raises(ConfigError, match=r"recipe/demoo.yaml: no such file, .* did you mean 'recipe/demo.yaml'\?"):
+        load(["recipe/demoo.yaml"])
+
+
+@pytest.mark.parametrize("path", sorted(shipped("configs").rglob("recipe/*.yaml")), ids=lambda path: str(path.name))
+def test_every_recipe_that_comes_with_megacl_is_valid_or_part_of_one(path: Path) -> None:
+    tree: Any = load_tree([str(path)])
+    if "phases" in tree and "model" in tree:
+        load([str(path)])
