@@ -13,7 +13,7 @@ earlier ones see no change.
 Held out for validation are the documents whose BLAKE2b hash (8 bytes of it, as a fraction of 2^64) lies below
 `validation`: a function of the raw text alone, the same under every tokenizer, and copies of a document stay together.
 
-Memory: about WORKER_BYTES for each worker and twice the block size for the parent, whatever the size of the inputs.
+Memory: at most 0.5 GB for each worker and a few blocks for the parent, whatever the size of the inputs.
 """
 
 import contextlib

@@ -1,0 +1,334 @@
+"""Shards and sources: what is written is what plain Arrow, `datasets` and the memory map read; damage is named."""
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megacl.data.manifest import Generation, Manifest, TokenizerRecord, fingerprint_of, publish_manifest, totals_of
+from megacl.data.shards import TokenStream, open_source, token_dtype, verify_source, write_shard
+from megacl.errors import DataError
+
+EOS = 2
+VOCABULARY = 2000
+
+
+def make_documents(seed: int, count: int, dtype: str = "uint16") -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    high = VOCABULARY if dtype == "uint16" else 100_000
+    return [np.append(rng.integers(3, high, rng.integers(0, 40)), EOS).astype(dtype) for _ in range(count)]
+
+
+def make_source(folder: Path, dtype: str = "uint16", vocab_size: int = VOCABULARY) -> dict[str, np.ndarray]:
+    """A folder of 3 train shards and 1 validation shard in two generations; returns each split's flat tokens."""
+    folder.mkdir(exist_ok=True)
+    rows, flat = [], {"train": [], "validation": []}
+    for seed, name in enumerate(["train-00000", "validation-00000", "train-00001", "train-00002"]):
+        documents, split = make_documents(seed, 30, dtype), name.split("-")[0]
+        rows.append(write_shard(folder / f"{name}.arrow", documents, dtype, split=split, text_bytes=1000 + seed))
+        flat[split] += documents
+    (folder / "tokenizer.model").write_bytes(b"stands for a tokenizer")
+    tokenizer = hashlib.sha256(b"stands for a tokenizer").hexdigest()
+    generations = [
+        Generation(
+            generation=number,
+            shards=shards,
+            train=totals_of(rows[:shards], "train"),
+            validation=totals_of(rows[:shards], "validation"),
+            fingerprint=fingerprint_of(tokenizer, dtype, rows[:shards]),
+            inputs=(),
+            field="text",
+            bad_lines=0,
+            empty_documents=0,
+        )
+        for number, shards in ((1, 3), (2, 4))
+    ]
+    record = TokenizerRecord(file="tokenizer.model", fingerprint=tokenizer, vocab_size=vocab_size, eos_id=EOS)
+    manifest = Manifest("megacl-data", 1, "tiny", dtype, record, 0.25, tuple(generations))
+    publish_manifest(folder, manifest, rows)
+    return {split: np.concatenate(documents) for split, documents in flat.items()}
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_datasets_and_plain_pyarrow_read_the_documents_of_a_shard(tmp_path, dtype):
+    documents = make_documents(0, 50, dtype)
+    row = write_shard(tmp_path / "train-00000.arrow", documents, dtype, split="train", text_bytes=7)
+    expected = [document.tolist() for document in documents]
+    assert datasets.Dataset.from_file(str(tmp_path / row.path))["tokens"][:] == expected
+    with pa.OSFile(str(tmp_path / row.path)) as file:
+        table = pa.ipc.open_stream(file).read_all()
+    assert table.schema == pa.schema([("tokens", pa.list_(pa.from_numpy_dtype(dtype)))])
+    assert table.column("tokens").to_pylist() == expected
+    assert table.column("tokens").num_chunks == 1
+
+
+def test_a_row_says_what_the_file_holds_and_where_its_tokens_lie(tmp_path):
+    documents = make_documents(0, 50)
+    row = write_shard(tmp_path / "train-00000.arrow", documents, "uint16", split="train", text_bytes=7)
+    content = (tmp_path / "train-00000.arrow").read_bytes()
+    flat = np.concatenate(documents)
+    assert (row.path, row.split, row.documents, row.text_bytes) == ("train-00000.arrow", "train", 50, 7)
+    assert (row.tokens, row.size, row.sha256) == (len(flat), len(content), hashlib.sha256(content).hexdigest())
+    assert content[row.offset : row.offset + flat.nbytes] == flat.astype("<u2").tobytes()
+
+
+def test_a_shard_without_documents_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="1 document or more"):
+        write_shard(tmp_path / "train-00000.arrow", [], "uint16", split="train", text_bytes=0)
+
+
+def test_tokens_take_two_bytes_up_to_65536_pieces_and_four_beyond():
+    assert [token_dtype(size) for size in (2, 65_536, 65_537)] == ["uint16", "uint16", "uint32"]
+
+
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory) -> tuple[TokenStream, np.ndarray]:
+    """A stream over shards of 1, 2, 3, 50 and 1 tokens, and the same tokens as one array."""
+    folder = tmp_path_factory.mktemp("ragged")
+    parts = [np.arange(count, dtype=np.uint16) + 100 * index for index, count in enumerate([1, 2, 3, 50, 1])]
+    rows = [
+        write_shard(folder / f"train-{index:05d}.arrow", [part], "uint16", split="train", text_bytes=3)
+        for index, part in enumerate(parts)
+    ]
+    return TokenStream(folder, rows, "uint16"), np.concatenate(parts)
+
+
+@given(data=st.data(), length=st.integers(0, 57))
+def test_reading_is_slicing_the_documents_laid_end_to_end(ragged, data, length):
+    stream, flat = ragged
+    start = data.draw(st.integers(0, len(flat) - length))
+    found = stream.read(start, length)
+    assert found.dtype == np.uint16
+    np.testing.assert_array_equal(found, flat[start : start + length])
+
+
+@given(data=st.data(), length=st.integers(0, 57))
+def test_gathering_is_slicing_at_every_start(ragged, data, length):
+    stream, flat = ragged
+    starts = np.array(data.draw(st.lists(st.integers(0, len(flat) - length), max_size=20)), np.int64)
+    found = stream.gather(starts, length)
+    assert (found.dtype, found.shape) == (np.int64, (len(starts), length))
+    for row, start in zip(found, starts, strict=True):
+        np.testing.assert_array_equal(row, flat[start : start + length])
+
+
+@pytest.mark.parametrize(("start", "length"), [(-1, 3), (55, 3), (57, 1), (0, 58), (3, -1)])
+def test_reading_beyond_the_stream_is_an_error(ragged, start, length):
+    stream, _ = ragged
+    with pytest.raises(ValueError, match=r"\[0, 57\)"):
+        stream.read(start, length)
+    if length >= 0:
+        with pytest.raises(ValueError, match=r"\[0, 57\)"):
+            stream.gather(np.array([2, start]), length)
+
+
+def test_reading_inside_a_shard_copies_nothing_and_cannot_write(ragged):
+    stream, _ = ragged
+    first, second = stream.read(10, 20), stream.read(15, 20)
+    assert np.shares_memory(first, second)
+    with pytest.raises(ValueError, match="read-only"):
+        first[0] = 1
+
+
+def test_a_stream_travels_to_another_process_without_its_data(tmp_path):
+    flat = make_source(tmp_path)["train"]
+    stream = open_source(tmp_path).train
+    stream.read(0, stream.tokens)
+    packed = pickle.dumps(stream)
+    assert len(packed) < flat.nbytes
+    np.testing.assert_array_equal(pickle.loads(packed).read(0, len(flat)), flat)
+
+
+def test_a_source_has_the_shards_of_its_generation(tmp_path):
+    flat = make_source(tmp_path)
+    first, last = open_source(tmp_path, 1), open_source(tmp_path)
+    assert (first.generation, last.generation, last.name, last.path) == (1, 2, "tiny", tmp_path)
+    assert (last.vocab_size, last.eos_id, last.dtype) == (VOCABULARY, EOS, "uint16")
+    assert last.tokenizer_file == tmp_path / "tokenizer.model"
+    assert (first.train.documents, last.train.documents, last.validation.documents) == (60, 90, 30)
+    assert (first.train.text_bytes, last.train.text_bytes, last.validation.text_bytes) == (2002, 3005, 1001)
+    assert first.fingerprint != last.fingerprint
+    np.testing.assert_array_equal(last.train.read(0, last.train.tokens), flat["train"])
+    np.testing.assert_array_equal(first.train.read(0, first.train.tokens), flat["train"][: first.train.tokens])
+    np.testing.assert_array_equal(last.validation.read(0, last.validation.tokens), flat["validation"])
+
+
+def test_opening_a_source_touches_no_shard(tmp_path):
+    make_source(tmp_path)
+    for shard in tmp_path.glob("*-*.arrow"):
+        shard.unlink()
+    source = open_source(tmp_path)
+    with pytest.raises(DataError, match=r"train-00000\.arrow: the shard cannot be opened: No such file.*Restore"):
+        source.train.read(0, 1)
+
+
+def test_a_generation_that_does_not_exist_is_named(tmp_path):
+    make_source(tmp_path)
+    with pytest.raises(DataError, match="generation 3 is asked for, but the folder has 1 to 2"):
+        open_source(tmp_path, 3)
+
+
+def test_a_truncated_shard_is_named_on_opening(tmp_path):
+    make_source(tmp_path)
+    file = tmp_path / "train-00001.arrow"
+    file.write_bytes(file.read_bytes()[:-8])
+    stream = open_source(tmp_path).train
+    stream.read(0, 5)
+    with pytest.raises(DataError, match=r"train-00001\.arrow: the shard has \d+ bytes, but shards.arrow says \d+"):
+        stream.read(0, stream.tokens)
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda size: bytes(size), "not readable as an Arrow stream"),
+        (lambda size: np.random.default_rng(0).bytes(size), "not readable as an Arrow stream"),
+    ],
+)
+def test_a_shard_whose_header_is_garbled_is_named_on_opening(tmp_path, damage, problem):
+    make_source(tmp_path)
+    file = tmp_path / "train-00000.arrow"
+    file.write_bytes(damage(file.stat().st_size))
+    with pytest.raises(DataError, match=rf"train-00000\.arrow: .*{problem}"):
+        open_source(tmp_path).train.read(0, 1)
+
+
+def test_a_shard_that_holds_other_documents_in_as_many_bytes_is_named_on_opening(tmp_path):
+    three, two = [np.array([EOS], np.uint16)] * 3, [np.array([5, EOS], np.uint16)] * 2
+    write_shard(tmp_path / "other", three, "uint16", split="train", text_bytes=1)
+    row = write_shard(tmp_path / "shard", two, "uint16", split="train", text_bytes=1)
+    assert (tmp_path / "other").stat().st_size == row.size
+    (tmp_path / "other").replace(tmp_path / "shard")
+    with pytest.raises(DataError, match=r"holds 3 documents and 3 tokens at byte .* says 2 and 4"):
+        TokenStream(tmp_path, [row], "uint16").read(0, 1)
+
+
+def test_a_shard_of_another_type_is_named_on_opening(tmp_path):
+    row = write_shard(tmp_path / "a", [np.array([5, EOS], np.uint16)], "uint16", split="train", text_bytes=1)
+    with pytest.raises(DataError, match=r"not one of type list<.*uint32> named tokens"):
+        TokenStream(tmp_path, [row], "uint32").read(0, 1)
+
+
+def test_an_undamaged_source_has_no_problems(tmp_path):
+    make_source(tmp_path)
+    steps = []
+    assert verify_source(tmp_path, progress=lambda done, total: steps.append((done, total))) == []
+    sizes = [file.stat().st_size for file in tmp_path.glob("*-*.arrow")]
+    assert [step[1] for step in steps] == [sum(sizes)] * 4
+    assert steps[-1][0] == sum(sizes)
+
+
+def test_verify_names_every_damaged_file(tmp_path):
+    make_source(tmp_path)
+    flipped = tmp_path / "train-00001.arrow"
+    content = bytearray(flipped.read_bytes())
+    content[open_source(tmp_path).train.rows[1].offset + 3] ^= 1
+    flipped.write_bytes(content)
+    (tmp_path / "validation-00000.arrow").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"another")
+    problems = verify_source(tmp_path)
+    assert len(problems) == 3
+    assert "tokenizer.model: it is not the tokenizer" in problems[0]
+    assert "validation-00000.arrow: the shard cannot be opened" in problems[1]
+    assert "train-00001.arrow: its hash is not the one" in problems[2]
+    open_source(tmp_path).train.read(0, 5)  # a flipped token is below what opening looks at
+
+
+def test_verify_notices_a_missing_tokenizer_and_looks_at_one_generation_only(tmp_path):
+    make_source(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "train-00002.arrow").unlink()
+    assert [line.split(": ")[1] for line in verify_source(tmp_path, 1)] == ["the tokenizer's file is missing"]
+    assert len(verify_source(tmp_path, 2)) == 2
+
+
+def test_verify_notices_a_token_beyond_the_vocabulary(tmp_path):
+    make_source(tmp_path, vocab_size=1000)
+    assert all("but the vocabulary has 1000 tokens" in line for line in verify_source(tmp_path))
+    assert len(verify_source(tmp_path)) == 4
+
+
+def test_verify_notices_a_document_that_does_not_end(tmp_path):
+    make_source(tmp_path)
+    tree = json.loads((tmp_path / "manifest.json").read_text())
+    tree["tokenizer"]["eos_id"] = 1
+    (tmp_path / "manifest.json").write_text(json.dumps(tree))
+    assert {line.split(": ")[1] for line in verify_source(tmp_path)} == {"a document in it does not end with EOS"}
+
+
+def edit(folder: Path, change) -> None:
+    tree = json.loads((folder / "manifest.json").read_text())
+    change(tree)
+    (folder / "manifest.json").write_text(json.dumps(tree))
+
+
+def test_verify_notices_wrong_counts(tmp_path):
+    make_source(tmp_path)
+    edit(tmp_path, lambda tree: tree["generations"][1]["train"].update(tokens=5))
+    assert verify_source(tmp_path) == [f"{tmp_path}: the counts of generation 2 are not those of its shards"]
+
+
+def test_a_folder_without_a_manifest_is_named_with_the_command_that_makes_one(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(DataError, match=r"no manifest\.json there.*megacl prepare"):
+            open_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree.update(format="other"), "format is 'other', but this megacl reads megacl-data version 1"),
+        (lambda tree: tree.update(version=2), "version is 2, but this megacl reads megacl-data version 1"),
+        (lambda tree: tree.update(dtype="int8"), "dtype: input should be 'uint16' or 'uint32'; it is damaged"),
+        (lambda tree: tree.pop("tokenizer"), "tokenizer: field required; it is damaged"),
+        (lambda tree: tree.update(generations=[]), "generations: tuple should have at least 1 item"),
+        (lambda tree: tree["generations"][1].update(shards=9), r"shards.arrow: it lists 4 shards, but .* counts 9"),
+        (lambda tree: tree["generations"][1].update(shards=3), "the list of shards is not the one that generation 2"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_named(tmp_path, change, message):
+    make_source(tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(DataError, match=message) as caught:
+        open_source(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_is_not_json_is_named(tmp_path):
+    make_source(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "megacl')
+    with pytest.raises(DataError, match="not valid JSON; it is damaged"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage", "half"])
+def test_a_damaged_list_of_shards_is_named(tmp_path, content):
+    make_source(tmp_path)
+    file = tmp_path / "shards.arrow"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:300] if content == "half" else content)
+    with pytest.raises(DataError, match=r"shards\.arrow: the list of shards is (damaged|missing)"):
+        open_source(tmp_path)
+
+
+@settings(max_examples=20)
+@given(split=st.integers(0, 3), field=st.sampled_from(["documents", "tokens", "sha256", "split"]))
+def test_the_fingerprint_depends_on_every_fact_about_a_shards_content(tmp_path_factory, split, field):
+    folder = tmp_path_factory.mktemp("facts")
+    make_source(folder)
+    rows = [*open_source(folder).train.rows, *open_source(folder).validation.rows]
+    other = {"split": "validation" if rows[split].split == "train" else "train", "sha256": "0" * 64}
+    changed = [*rows]
+    values = {name: getattr(rows[split], name) for name in rows[split].__dataclass_fields__}
+    changed[split] = type(rows[split])(**{**values, field: other.get(field, 1)})
+    assert fingerprint_of("a", "uint16", changed) != fingerprint_of("a", "uint16", rows)
+    assert fingerprint_of("a", "uint16", rows) == fingerprint_of("a", "uint16", list(rows))
