@@ -12,7 +12,9 @@ Written against DeepSpeed 0.19, whose inner parts it leans on where the public f
 - Writing the fp32 master of a parameter leaves the module's own copy as it was until the next step; both are written.
 """
 
+import contextlib
 import importlib.metadata
+import io
 import logging
 import os
 import sys
@@ -76,7 +78,8 @@ def initialize(
         settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     if config.precision == "fp16":
         settings |= {"fp16": {"enabled": True}}
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    with contextlib.redirect_stdout(io.StringIO()):  # some stages print their memory
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
 def export_parameters(engine: Any, *, with_moments: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -108,13 +111,13 @@ def export_parameters(engine: Any, *, with_moments: bool) -> Iterator[tuple[str,
 
 def import_parameters(engine: Any, load: Callable[[str, torch.Size], dict[str, Tensor]], *, step: int) -> None:
     """Sets each parameter, and with step > 0 its moments, from what `load(name, shape)` gives, and Adam's step."""
+    import deepspeed
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
         safe_set_local_fp32_param,
         safe_set_local_optimizer_state,
     )
-    from deepspeed.zero import GatheredParameters
 
     zero = _zero_optimizer(engine)
     keys = MOMENTS if step > 0 else ()
@@ -122,7 +125,7 @@ def import_parameters(engine: Any, load: Callable[[str, torch.Size], dict[str, T
     for name, parameter in engine.module.named_parameters():
         sharded = hasattr(parameter, "ds_tensor")
         state = load(name, parameter.ds_shape if sharded else parameter.shape)
-        with GatheredParameters([parameter], modifier_rank=0, enabled=sharded), torch.no_grad():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded), torch.no_grad():
             parameter.copy_(state["weight"])
         if zero is None:
             for key in keys:
