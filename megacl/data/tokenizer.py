@@ -95,7 +95,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, file: Path) -> None:
         super().__init__(file)
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+            self._model = sentencepiece.SentencePieceProcessor()
+            self._model.LoadFromSerializedProto(file.read_bytes())
         except RuntimeError:
             raise DataError(f"{file}: not a SentencePiece model, or damaged. Copy it again.") from None
         self.vocab_size = self._model.vocab_size()
