@@ -31,14 +31,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = F.linear(x, weight).to(wide)
                 counted = targets != ignore_index
                 at = targets.where(counted, 0).unsqueeze(1)
-                log_sum = logits.logsumexp(1, keepdim=True)
-                nats += (log_sum - logits.gather(1, at)).squeeze(1).where(counted, 0).sum()
+                # All in the logits' own memory: softmax's numerators, then d nats / d logits = softmax - one-hot.
+                logits.sub_(logits.amax(1, keepdim=True))
+                at_target = logits.gather(1, at)
+                total = logits.exp_().sum(1, keepdim=True)
+                nats += (total.log() - at_target).squeeze(1).where(counted, 0).sum()
                 if not (wants_x or wants_weight):
                     continue
-                # d nats / d logits = softmax - one-hot, in the logits' own memory.
-                gradient = logits.sub_(log_sum).exp_()
-                gradient.scatter_add_(1, at, gradient.new_full((), -1.0).expand_as(at))
-                gradient = gradient.masked_fill_(~counted.unsqueeze(1), 0).to(matmul_dtype)
+                once = counted.unsqueeze(1).to(wide)
+                gradient = logits.mul_(once / total).scatter_add_(1, at, -once).to(matmul_dtype)
                 if dx_ND is not None:
                     dx_ND[rows] = gradient @ weight
                 if dweight_VD is not None and matmul_dtype == wide:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacl import kernels
@@ -29,6 +29,7 @@ def run(form: str, inputs: tuple[torch.Tensor, ...], chunk: int) -> tuple[torch.
     return nats.detach(), *torch.autograd.grad(3 * nats, [x_ND, weight_VD])
 
 
+@settings(deadline=None)
 @given(
     tokens=st.integers(0, 23),
     hidden=st.integers(1, 9),
