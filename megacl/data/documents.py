@@ -230,7 +230,7 @@ class _BadLineError(ValueError):
 
 def _text(line: bytes, field: str) -> str:
     try:
-        document = json.loads(line.decode())
+        document = json.loads(line.rstrip(b"\r\n").decode())
     except UnicodeDecodeError as error:
         raise _BadLineError(
             f"the line is not UTF-8 (byte {error.start + 1} of it is 0x{line[error.start]:02x}); "
@@ -238,7 +238,7 @@ def _text(line: bytes, field: str) -> str:
         ) from None
     except json.JSONDecodeError as error:
         raise _BadLineError(
-            f"the line is not JSON ({error.msg} at character {error.colno}); mend or delete the line"
+            f"the line is not JSON ({error.msg.removesuffix(' at')} at character {error.colno}); mend or delete it"
         ) from None
     except (ValueError, RecursionError):  # a number of thousands of digits, brackets nested thousands deep
         raise _BadLineError("the line is JSON that cannot be parsed; mend or delete the line") from None

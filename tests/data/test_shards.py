@@ -332,3 +332,11 @@ def test_the_fingerprint_depends_on_every_fact_about_a_shards_content(tmp_path_f
     changed[split] = type(rows[split])(**{**values, field: other.get(field, 1)})
     assert fingerprint_of("a", "uint16", changed) != fingerprint_of("a", "uint16", rows)
     assert fingerprint_of("a", "uint16", rows) == fingerprint_of("a", "uint16", list(rows))
+
+
+def test_the_documented_way_to_read_a_folder_without_megacl_works(tmp_path):
+    flat = make_source(tmp_path)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text()
+    names = {"folder": str(tmp_path)}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    np.testing.assert_array_equal(np.concatenate(names["shards"]), flat["train"])

@@ -1,0 +1,593 @@
+"""Preparing: the folder is what a few lines of plain Python make of the inputs, whatever the cut, workers and kills."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megacl.data.documents import cut_blocks, find_inputs, read_documents, read_segment
+from megacl.data.prepare import prepare
+from megacl.data.shards import Source, open_source, verify_source
+from megacl.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from megacl.errors import ConfigError, DataError, LaunchError, MegaclError
+
+ROOT = Path(__file__).resolve().parents[2]
+GERMAN = str(ROOT / "examples/data/german.jsonl.zst")
+BLOCK = 100_000
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """German documents with an odd one among them, about 0.4 MB."""
+    found = list(read_documents([GERMAN]))[:120]
+    return [*found[:5], "eins\nzwei\r\n\u2028 drei\x00</s>", *found[5:]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory, texts) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_lines(folder / "all.jsonl", texts)
+    return train_tokenizer([str(folder / "all.jsonl")], folder / "small.model", 600)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory, texts) -> Path:
+    """The texts as one plain file."""
+    return write_lines(tmp_path_factory.mktemp("raw") / "raw.jsonl", texts)
+
+
+def lines_of(texts: list[str]) -> bytes:
+    return b"".join(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts)
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_bytes(lines_of(texts))
+    return path
+
+
+def compress(path: Path, content: bytes) -> Path:
+    """Two members or frames behind one another, as parallel compressors write them."""
+    half = len(content) // 2
+    one = gzip.compress if path.suffix == ".gz" else zstandard.ZstdCompressor(write_content_size=False).compress
+    path.write_bytes(one(content[:half]) + one(content[half:]))
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def tokens_of(source: Source) -> tuple[list[int], list[int]]:
+    return source.train.read(0, source.train.tokens).tolist(), source.validation.read(
+        0, source.validation.tokens
+    ).tolist()  # fmt: skip
+
+
+def expected_tokens(texts: list[str], tokenizer: Tokenizer, validation: float) -> tuple[list[int], list[int]]:
+    train: list[int] = []
+    held_out: list[int] = []
+    for text in texts:
+        fraction = int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) / 2**64
+        (held_out if fraction < validation else train).extend([*tokenizer.encode([text])[0], tokenizer.eos_id])
+    return train, held_out
+
+
+# ---------------------------------------------------------------------------------------------- what comes out
+
+
+def test_the_streams_are_the_documents_in_order_each_ended_by_eos(tmp_path, raw, texts, tokenizer):
+    report = prepare(
+        [str(raw)], tokenizer=tokenizer, out=tmp_path / "out", validation=0.3, workers=1, block_bytes=BLOCK
+    )
+    source = open_source(tmp_path / "out")
+    train, held_out = expected_tokens(texts, tokenizer, 0.3)
+    assert tokens_of(source) == (train, held_out)
+    assert (report.documents, report.tokens) == (len(texts), len(train) + len(held_out))
+    assert report.text_bytes == sum(len(text.encode()) for text in texts)
+    assert report.text_bytes == source.train.text_bytes + source.validation.text_bytes
+    assert report.held_out == source.validation.documents == held_out.count(tokenizer.eos_id)
+    assert (source.name, source.eos_id, source.vocab_size) == ("out", tokenizer.eos_id, tokenizer.vocab_size)
+    assert len(source.train.rows) > 3
+    assert verify_source(tmp_path / "out") == []
+    assert load_tokenizer(source.tokenizer_file).fingerprint == source.tokenizer_fingerprint == tokenizer.fingerprint
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, raw, texts, tokenizer):
+    packed = compress(tmp_path / "more.jsonl.gz", lines_of([text + "!" for text in texts]))
+    for workers in (1, 2, 3):
+        prepare(
+            [str(raw), str(packed)], tokenizer=tokenizer, out=tmp_path / str(workers) / "out", validation=0.3,
+            workers=workers, block_bytes=BLOCK,
+        )  # fmt: skip
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_compressed_file_gives_the_same_streams(tmp_path, texts, tokenizer, suffix):
+    packed = compress(tmp_path / f"raw.jsonl.{suffix}", lines_of(texts))
+    prepare([str(packed)], tokenizer=tokenizer, out=tmp_path / "out", validation=0.3, workers=1, block_bytes=BLOCK)
+    source = open_source(tmp_path / "out")
+    assert tokens_of(source) == expected_tokens(texts, tokenizer, 0.3)
+    assert len(source.train.rows) > 3
+
+
+def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path, texts, tokenizer):
+    (tmp_path / "raw" / "b").mkdir(parents=True)
+    write_lines(tmp_path / "raw" / "c.jsonl", texts[60:])
+    compress(tmp_path / "raw" / "b" / "2.jsonl.zst", lines_of(texts[30:60]))
+    write_lines(tmp_path / "raw" / "a.jsonl", texts[:30])
+    (tmp_path / "raw" / "README.md").write_text("no input")
+    prepare([str(tmp_path / "raw")], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=1)
+    source = open_source(tmp_path / "out")
+    assert tokens_of(source)[0] == expected_tokens(texts, tokenizer, 0)[0]
+    assert len(source.train.rows) == 1  # small files share a block
+    assert source.validation.tokens == 0
+
+
+def test_every_tokenizer_holds_out_the_same_documents(tmp_path, raw, texts, tokenizer):
+    other = train_tokenizer([str(raw)], tmp_path / "other.model", 700, "bpe")
+    held_out = []
+    for name, each in (("one", tokenizer), ("two", other)):
+        prepare([str(raw)], tokenizer=each, out=tmp_path / name, validation=0.3, workers=1)
+        source = open_source(tmp_path / name)
+        held_out.append(each.decode(source.validation.read(0, source.validation.tokens)))
+    assert held_out[0] == held_out[1]
+
+
+def test_a_vocabulary_beyond_65536_gives_four_byte_tokens(tmp_path, raw, texts, tokenizer):
+    large = json.loads(make_byte_tokenizer())
+    large["added_tokens"] += [
+        {**large["added_tokens"][0], "id": 257 + index, "content": f"[{index}]", "special": True}
+        for index in range(65_400)
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(large))
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    prepare([str(raw)], tokenizer=loaded, out=tmp_path / "out", validation=0, workers=1)
+    source = open_source(tmp_path / "out")
+    assert source.dtype == "uint32"
+    assert tokens_of(source)[0] == expected_tokens(texts, loaded, 0)[0]
+
+
+def make_byte_tokenizer() -> str:
+    import tokenizers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({name: index for index, name in enumerate(alphabet)}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>"])
+    return made.to_str()
+
+
+def test_empty_documents_and_blank_lines_are_passed_over_and_counted(tmp_path, tokenizer):
+    (tmp_path / "in.jsonl").write_text(
+        '{"text": "eins"}\n\n  \n{"text": ""}\n{"text": "zwei"}'
+    )  # no newline at the end
+    report = prepare([str(tmp_path / "in.jsonl")], tokenizer=tokenizer, out=tmp_path / "out", validation=0)
+    assert (report.documents, report.empty_documents, report.bad_lines) == (2, 1, 0)
+    assert tokens_of(open_source(tmp_path / "out"))[0] == expected_tokens(["eins", "zwei"], tokenizer, 0)[0]
+
+
+def test_progress_reaches_the_size_of_the_inputs(tmp_path, raw, tokenizer):
+    packed = compress(tmp_path / "raw.jsonl.gz", raw.read_bytes())
+    steps: list[tuple[int, int]] = []
+    prepare(
+        [str(raw), str(packed)], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=1, block_bytes=BLOCK,
+        progress=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    total = raw.stat().st_size + packed.stat().st_size
+    assert [step[1] for step in steps] == [total] * len(steps)
+    assert len(steps) > 4
+    assert steps == sorted(steps)
+    assert steps[-1] == (total, total)
+
+
+documents = st.lists(st.text(st.sampled_from("aä\n\r\u2028 {"), max_size=30), max_size=12)
+some_files = st.lists(
+    st.tuples(documents, st.sampled_from([".jsonl", ".jsonl.gz", ".jsonl.zst"])), min_size=1, max_size=4
+)
+
+
+@given(files=some_files, block_bytes=st.integers(1, 200), final_newline=st.booleans())
+def test_however_the_inputs_are_cut_every_line_is_read_once_in_order(
+    tmp_path_factory, files, block_bytes, final_newline
+):
+    folder = tmp_path_factory.mktemp("cut")
+    expected = []
+    for index, (found, suffix) in enumerate(files):
+        content = lines_of([*found, "last"])[: None if final_newline else -1]
+        file = folder / f"{index}{suffix}"
+        if suffix == ".jsonl":
+            file.write_bytes(content)
+        else:
+            compress(file, content)
+        expected += [*found, "last"]
+    blocks = list(cut_blocks(find_inputs([str(folder)]), block_bytes))
+    assert [text for block in blocks for segment in block for text in read_segment(segment, "text")] == expected
+    assert sum(segment.cost for block in blocks for segment in block) == sum(
+        file.stat().st_size for file in folder.iterdir()
+    )
+
+
+# ---------------------------------------------------------------------------------------------- generations
+
+
+def test_more_files_make_a_generation_and_leave_the_earlier_one_as_it_was(tmp_path, texts, tokenizer):
+    first, second = write_lines(tmp_path / "1.jsonl", texts[:60]), write_lines(tmp_path / "2.jsonl", texts[60:])
+    out = tmp_path / "out"
+    prepare([str(first)], tokenizer=tokenizer, out=out, validation=0.4, workers=1, block_bytes=BLOCK, source="deutsch")
+    before, early = contents(out), open_source(out)
+    report = prepare([str(second)], tokenizer=tokenizer, out=out, validation=0.4, workers=1, block_bytes=BLOCK)
+    assert (report.generation, report.documents) == (2, len(texts) - 60)
+    assert tokens_of(open_source(out)) == expected_tokens(texts, tokenizer, 0.4)
+    assert tokens_of(open_source(out, 1)) == tokens_of(early) == expected_tokens(texts[:60], tokenizer, 0.4)
+    assert open_source(out, 1).fingerprint == early.fingerprint != open_source(out).fingerprint
+    assert open_source(out).name == "deutsch"
+    after = contents(out)
+    assert {name for name in before if after[name] != before[name]} == {"manifest.json", "shards.arrow"}
+    assert verify_source(out, 1) == verify_source(out, 2) == []
+
+
+def test_a_command_that_was_carried_out_does_nothing_and_reports_the_same(tmp_path, raw, tokenizer):
+    reports = [prepare([str(raw)], tokenizer=tokenizer, out=tmp_path / "out", validation=0.3, workers=1)]
+    before = contents(tmp_path / "out")
+    reports += [prepare([str(raw)], tokenizer=tokenizer, out=tmp_path / "out", validation=0.3, workers=1)]
+    assert contents(tmp_path / "out") == before
+    assert {(each.generation, each.documents, each.tokens, each.held_out) for each in reports} == {
+        (1, reports[0].documents, reports[0].tokens, reports[0].held_out)
+    }
+
+
+def test_what_cannot_join_a_folder_is_named(tmp_path, raw, texts, tokenizer):
+    out = tmp_path / "out"
+    more = write_lines(tmp_path / "more.jsonl", texts[:50])
+    other = train_tokenizer([str(raw)], tmp_path / "other.model", 700)
+    common = {"tokenizer": tokenizer, "out": out, "validation": 0.3, "workers": 1}
+    prepare([str(raw)], **common, source="deutsch")
+    before = contents(out)
+    for changed, message in (
+        ({"tokenizer": other}, "made with another tokenizer than .*other.model"),
+        ({"validation": 0.2}, "prepared with --validation 0.3, not 0.2"),
+        ({"source": "english"}, "its source is called 'deutsch', not 'english'"),
+        ({}, r"generation 1 holds .*raw\.jsonl already"),
+    ):
+        inputs = [str(more)] if changed else [str(more), str(raw)]
+        with pytest.raises(DataError, match=message):
+            prepare(inputs, **{**common, **changed})
+    assert contents(out) == before
+
+
+def test_the_tokenizer_copied_into_the_folder_prepares_more_files(tmp_path, texts, tokenizer):
+    first, second = write_lines(tmp_path / "1.jsonl", texts[:60]), write_lines(tmp_path / "2.jsonl", texts[60:])
+    out = tmp_path / "out"
+    prepare([str(first)], tokenizer=tokenizer, out=out, validation=0, workers=1)
+    prepare([str(second)], tokenizer=load_tokenizer(out), out=out, validation=0, workers=1)
+    assert tokens_of(open_source(out))[0] == expected_tokens(texts, tokenizer, 0)[0]
+
+
+def test_a_folder_that_lost_its_manifest_is_not_written_over(tmp_path, raw, texts, tokenizer):
+    prepare([str(raw)], tokenizer=tokenizer, out=tmp_path / "out", validation=0.3, workers=1)
+    (tmp_path / "out" / "manifest.json").unlink()
+    before = contents(tmp_path / "out")
+    with pytest.raises(DataError, match=r"it holds shards such as .* but no manifest\.json"):
+        prepare([str(raw)], tokenizer=tokenizer, out=tmp_path / "out", validation=0.3, workers=1)
+    assert contents(tmp_path / "out") == before
+
+
+# ---------------------------------------------------------------------------------------------- interruptions
+
+SCRIPT = """
+import sys
+from megacl.data.prepare import prepare
+from megacl.data.tokenizer import load_tokenizer
+if __name__ == "__main__":
+    model, out, workers, block, *inputs = sys.argv[1:]
+    prepare(
+        inputs, tokenizer=load_tokenizer(model), out=out, validation=0.3, workers=int(workers), block_bytes=int(block)
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory, texts) -> Path:
+    """About 4 MB: long enough to be interrupted."""
+    shuffler = random.Random(0)
+    return write_lines(tmp_path_factory.mktemp("large") / "large.jsonl", shuffler.choices(texts, k=1200))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, large, tokenizer) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    prepare([str(large)], tokenizer=tokenizer, out=out, validation=0.3, workers=1, block_bytes=BLOCK)
+    return contents(out)
+
+
+def start(tmp_path: Path, large: Path, tokenizer: Tokenizer, workers: int = 2) -> subprocess.Popen[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    arguments = [str(tokenizer.file), str(tmp_path / "out"), str(workers), str(BLOCK), str(large)]
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def children_of(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def finished_blocks(out: Path) -> set[str]:
+    return {file.stem for file in (out / ".prepare").glob("*.json")}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_any_moment_the_same_command_goes_on_to_the_same_bytes(
+    tmp_path, large, tokenizer, undisturbed, workers
+):
+    out = tmp_path / "out"
+    for kills in (3, 8):
+        process = start(tmp_path, large, tokenizer, workers)
+        wait_until(lambda wanted=kills: len(finished_blocks(out)) >= wanted)
+        workers_alive = children_of(process)
+        process.kill()
+        process.wait()
+        wait_until(lambda pids=workers_alive: not any(map(is_running, pids)), seconds=10)
+        assert not (out / "manifest.json").exists()
+    (out / ".prepare" / ".half-train.arrow.1.tmp").write_bytes(b"half a shard")
+    kept = {(out / ".prepare" / f"{key}-train.arrow").stat().st_ino for key in finished_blocks(out)}
+    assert len(kept) >= 8
+    prepare([str(large)], tokenizer=tokenizer, out=out, validation=0.3, workers=1, block_bytes=BLOCK)
+    assert contents(out) == undisturbed
+    assert kept <= {file.stat().st_ino for file in out.glob("train-*")}  # not done again
+    assert not (out / ".prepare").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_the_command_ends_its_workers(tmp_path, large, tokenizer, number):
+    process = start(tmp_path, large, tokenizer)
+    wait_until(lambda: len(finished_blocks(tmp_path / "out")) >= 2)
+    workers = children_of(process)
+    assert len(workers) >= 2
+    process.send_signal(number)
+    process.wait(timeout=10)
+    assert process.returncode != 0
+    wait_until(lambda: not any(map(is_running, workers)), seconds=10)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_worker_that_is_killed_is_reported_in_one_line(tmp_path, large, tokenizer):
+    killed = []
+
+    def kill_a_worker(done: int, total: int) -> None:
+        if not killed:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            killed.append(int(workers[-1]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    with pytest.raises(LaunchError, match=r"a worker process was killed by SIGKILL.*fewer --workers") as caught:
+        prepare(
+            [str(large)], tokenizer=tokenizer, out=tmp_path / "out", validation=0.3, workers=2, block_bytes=BLOCK,
+            progress=kill_a_worker,
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_shards_that_moved_before_a_kill_but_have_no_manifest_are_made_again(tmp_path, large, tokenizer, undisturbed):
+    out = tmp_path / "out"
+    (out / ".prepare").mkdir(parents=True)
+    for number in (0, 1, 99):
+        (out / f"train-{number:05d}.arrow").write_bytes(b"left behind")
+    prepare([str(large)], tokenizer=tokenizer, out=out, validation=0.3, workers=1, block_bytes=BLOCK)
+    assert contents(out) == undisturbed
+
+
+def test_after_a_bad_line_is_mended_the_other_files_are_not_done_again(tmp_path, raw, texts, tokenizer):
+    bad = write_lines(tmp_path / "bad.jsonl", texts[:50])
+    good = bad.read_bytes()
+    bad.write_bytes(good + b"{broken\n")
+    arguments = {"tokenizer": tokenizer, "out": tmp_path / "out", "validation": 0.3, "workers": 1, "block_bytes": BLOCK}
+    with pytest.raises(DataError, match=r"bad\.jsonl:51: the line is not JSON"):
+        prepare([str(raw), str(bad)], **arguments)
+    kept = finished_blocks(tmp_path / "out")
+    inodes = {(tmp_path / "out/.prepare" / f"{key}-train.arrow").stat().st_ino for key in kept}
+    bad.write_bytes(good)
+    prepare([str(raw), str(bad)], **arguments)
+    unmended_blocks = raw.stat().st_size // BLOCK
+    assert len(inodes & {file.stat().st_ino for file in (tmp_path / "out").glob("train-*")}) >= unmended_blocks >= 3
+    assert tokens_of(open_source(tmp_path / "out")) == expected_tokens(texts + texts[:50], tokenizer, 0.3)
+
+
+def test_what_was_done_with_skip_bad_is_not_taken_for_an_answer_without_it(tmp_path, raw, texts, tokenizer):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(lines_of(texts[:50]) + b"{broken\n")
+    with pytest.raises(DataError, match="0 of 50 documents are held out"):
+        prepare([str(bad)], tokenizer=tokenizer, out=tmp_path / "out", validation=1e-9, workers=1, skip_bad=True)
+    assert len(finished_blocks(tmp_path / "out")) == 1
+    with pytest.raises(DataError, match=r"bad\.jsonl:51"):
+        prepare([str(bad)], tokenizer=tokenizer, out=tmp_path / "out", validation=1e-9, workers=1)
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path, large, raw, tokenizer):
+    process = start(tmp_path, large, tokenizer, workers=1)
+    wait_until(lambda: len(finished_blocks(tmp_path / "out")) >= 1)
+    with pytest.raises(DataError, match="another prepare is writing there"):
+        prepare([str(raw)], tokenizer=tokenizer, out=tmp_path / "out", validation=0.3, workers=1)
+    process.kill()
+    process.wait()
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+BAD_LINES = [
+    (b'{"text": "broken', r"the line is not JSON \(.* at character 10\); mend or delete it"),
+    (b"plain text", "the line is not JSON"),
+    (b"[" * 100_000, "the line is JSON that cannot be parsed"),
+    (b'["text"]', "the line is not a JSON object with a field 'text'"),
+    (b'{"content": "x", "id": 3}', "no field 'text', only 'content', 'id'; name the one .* with --field"),
+    (b"{}", "no field 'text', only no field"),
+    (b'{"text": null}', "field 'text' is not a string but NoneType"),
+    (b'{"text": "latin \xe4"}', r"the line is not UTF-8 \(byte 17 of it is 0xe4\); convert the file with iconv"),
+    (b'{"text": "half \\ud83d a pair"}', r"field 'text' holds \\ud83d, half of a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=range(len(BAD_LINES)))
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst"])
+def test_a_line_without_a_document_is_named_by_file_and_number(tmp_path, texts, tokenizer, line, message, suffix):
+    content = lines_of(texts[:40]) + b"\n" + line + b"\n" + lines_of(texts[40:60])
+    bad = tmp_path / f"bad{suffix}"
+    bad.write_bytes(content) if suffix == ".jsonl" else compress(bad, content)
+    arguments = {"tokenizer": tokenizer, "out": tmp_path / "out", "validation": 0, "workers": 1, "block_bytes": 20_000}
+    with pytest.raises(DataError, match=message) as caught:
+        prepare([str(bad)], **arguments)
+    assert str(caught.value).startswith(f"{bad}:42: ")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    report = prepare([str(bad)], **arguments, skip_bad=True)
+    assert (report.documents, report.bad_lines) == (60, 1)
+    assert tokens_of(open_source(tmp_path / "out"))[0] == expected_tokens(texts[:60], tokenizer, 0)[0]
+
+
+def test_a_bad_line_found_by_a_worker_is_the_same_one_line(tmp_path, texts, tokenizer):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(lines_of(texts[:80]) + b"{broken\n" + lines_of(texts[80:]))
+    with pytest.raises(DataError) as caught:
+        prepare([str(bad)], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=2, block_bytes=BLOCK)
+    assert str(caught.value).startswith(f"{bad}:81: the line is not JSON")
+    assert "\n" not in str(caught.value)
+
+
+def test_text_is_read_from_the_field_that_is_named(tmp_path, tokenizer):
+    (tmp_path / "in.jsonl").write_text('{"content": "eins", "text": 1}\n{"content": "zwei"}\n')
+    prepare([str(tmp_path / "in.jsonl")], tokenizer=tokenizer, out=tmp_path / "out", validation=0, field="content")
+    assert tokens_of(open_source(tmp_path / "out"))[0] == expected_tokens(["eins", "zwei"], tokenizer, 0)[0]
+
+
+BAD_INPUTS = [
+    (["absent.jsonl"], "no such file or folder"),
+    (["empty.jsonl"], "the file is empty"),
+    (["empty.jsonl.gz"], "the file is empty"),
+    (["hollow.jsonl.gz"], "nothing is in it but compression"),
+    (["hollow.jsonl.zst"], "nothing is in it but compression"),
+    (["folder"], r"the folder holds no file that ends with \.jsonl"),
+    (["notes.txt"], "not a form that can be read"),
+    (["good.jsonl", "./good.jsonl"], "given twice, the first time as good.jsonl"),
+    (["cut.jsonl.gz"], r"cannot be decompressed \(it ends in the middle\)"),
+    (["cut.jsonl.zst"], r"cannot be decompressed \(it ends in the middle\)"),
+    (["false.jsonl.gz"], "cannot be decompressed"),
+    (["false.jsonl.zst"], "cannot be decompressed"),
+    (["blank.jsonl"], r"no documents in there \(0 bad lines, 2 documents without text\)"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "message"), BAD_INPUTS, ids=[each[0][0] for each in BAD_INPUTS])
+def test_an_input_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch, texts, tokenizer, inputs, message):
+    monkeypatch.chdir(tmp_path)
+    good = lines_of(texts[:30])
+    for name in ("empty.jsonl", "empty.jsonl.gz", "notes.txt"):
+        Path(name).touch()
+    Path("folder").mkdir()
+    Path("good.jsonl").write_bytes(good)
+    Path("blank.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
+    for suffix in ("gz", "zst"):
+        whole = compress(Path(f"cut.jsonl.{suffix}"), good).read_bytes()
+        Path(f"cut.jsonl.{suffix}").write_bytes(whole[:-50])
+        Path(f"false.jsonl.{suffix}").write_bytes(good)
+        compress(Path(f"hollow.jsonl.{suffix}"), b"")
+    with pytest.raises(DataError, match=message) as caught:
+        prepare(inputs, tokenizer=tokenizer, out="out", validation=0, workers=1)
+    assert str(caught.value).startswith(f"{inputs[-1]}: ")
+    assert "\n" not in str(caught.value)
+    assert not Path("out/manifest.json").exists()
+
+
+def test_too_few_held_out_documents_is_an_error_that_counts_them(tmp_path, raw, texts, tokenizer):
+    arguments = {"tokenizer": tokenizer, "out": tmp_path / "out", "workers": 1}
+    found = sum(expected_tokens([text], tokenizer, 0.01)[1] != [] for text in texts)
+    with pytest.raises(
+        DataError, match=rf"{found} of {len(texts)} documents are held out at --validation 0.01, .* 20 "
+    ):
+        prepare([str(raw)], **arguments)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert prepare([str(raw)], **arguments, validation=0).held_out == 0
+
+
+@pytest.mark.parametrize("wrong", [{"validation": 1.0}, {"validation": -0.1}, {"workers": 0}])
+def test_a_setting_out_of_range_is_named(tmp_path, raw, tokenizer, wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}; it must"):
+        prepare([str(raw)], tokenizer=tokenizer, out=tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path, raw, tokenizer):
+    (tmp_path / "out").touch()
+    with pytest.raises(DataError, match="out: not a folder"):
+        prepare([str(raw)], tokenizer=tokenizer, out=tmp_path / "out")
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, raw, tokenizer):
+    growing = tmp_path / "growing.jsonl"
+    shutil.copy(raw, growing)
+
+    def grow(done: int, total: int) -> None:
+        with open(growing, "a") as file:
+            file.write('{"text": "mehr"}\n')
+
+    with pytest.raises(DataError, match=r"growing\.jsonl: the file changed while it was read"):
+        prepare(
+            [str(growing)], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=1, block_bytes=BLOCK,
+            progress=grow,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_line_and_with_room_the_same_command_goes_on(
+    tmp_path, large, tokenizer, undisturbed, workers
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mount.returncode != 0:
+        pytest.skip("this test needs the right to mount a small tmpfs")
+    try:
+        arguments = {"tokenizer": tokenizer, "out": disk / "out", "validation": 0.3, "workers": workers}
+        with pytest.raises(MegaclError, match="no space left on the device") as caught:
+            prepare([str(large)], **arguments, block_bytes=BLOCK)
+        assert isinstance(caught.value, DataError)
+        assert "\n" not in str(caught.value)
+        assert not (disk / "out" / "manifest.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        prepare([str(large)], **arguments, block_bytes=BLOCK)
+        assert contents(disk / "out") == undisturbed
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
