@@ -237,7 +237,7 @@ class DeepSpeedEngine(Engine):
     def __init__(self, model: GPT, config: EngineConfig, optimizer: OptimizerConfig, ranks: Ranks) -> None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self._deepspeed = engine_deepspeed.initialize(
-            model.to(device),
+            model,  # DeepSpeed moves it, after halving it where the precision says so
             build_optimizer(model, optimizer),
             config,
             max_grad_norm=optimizer.max_grad_norm,
