@@ -5,6 +5,7 @@ diverged, or a bug of ours, which shows its traceback.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,7 +63,12 @@ def prepare(
             workers=workers,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    print(report.text())
+    print(
+        f"{out}: generation {report.generation}, {report.documents:,} documents ({report.held_out:,} held out), "
+        f"{report.tokens:,} tokens, {report.text_bytes:,} bytes of text, {report.seconds:.1f} s"
+    )
+    if report.bad_lines or report.empty_documents:
+        print(f"left out: {report.bad_lines:,} bad lines, {report.empty_documents:,} empty documents")
 
 
 @app.command()
@@ -258,3 +264,6 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0":
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -363,6 +363,11 @@ class RunConfig:
                 f"engine.zero_stage is 0 with engine.precision {engine.precision}; DeepSpeed takes one step too many "
                 "there, so use zero_stage 1."
             )
+        if engine.kind == "deepspeed" and engine.zero_stage == 3 and engine.compile:
+            raise ConfigError(
+                "engine.compile is true with engine.zero_stage 3; its gathering of weights breaks every compiled graph, "
+                "so compile with zero_stage 2, or leave it out."
+            )
 
     def _check_phase(self, where: str, phase: PhaseConfig, earlier: list[str]) -> None:
         if phase.name in earlier:

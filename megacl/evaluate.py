@@ -165,7 +165,7 @@ def _row(source: str, losses: list[tuple[str, float]]) -> ForgettingRow:
     return ForgettingRow(
         source=source,
         losses=losses,
-        forgetting=max(0.0, last - min(earlier)) if earlier else 0.0,
+        forgetting=max(last - min(earlier), 0.0) if earlier else 0.0,  # in this order, a NaN stays one
         gain=losses[0][1] - last,
     )
 

@@ -18,7 +18,7 @@ from megacl.errors import CheckpointError
 from megacl.model.config import STRICT
 from megacl.publish import publish_text
 
-_VERSION = 1
+_FORMAT, _VERSION = "megacl-lineage", 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +112,6 @@ class Lineage:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    format: Literal["megacl-lineage"] = "megacl-lineage"
-    version: Literal[1] = 1
     phases: tuple[PhaseRecord, ...] = ()
 
     @property
@@ -137,21 +135,29 @@ class Lineage:
 
     def dump(self) -> str:
         """The lineage as JSON text."""
-        tree = TypeAdapter(Lineage).dump_python(self, mode="json", by_alias=True)
+        tree = {"format": _FORMAT, "version": _VERSION, **_ADAPTER.dump_python(self, mode="json", by_alias=True)}
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+
+
+_ADAPTER = TypeAdapter(Lineage)
 
 
 def load_lineage(folder: Path) -> Lineage:
     """The lineage in a checkpoint or run directory. Raises CheckpointError where there is none that can be read."""
     path = folder / "lineage.json"
     try:
-        return TypeAdapter(Lineage).validate_json(path.read_bytes())
+        tree = json.loads(path.read_bytes())
+        if not isinstance(tree, dict) or (tree.pop("format", None), tree.pop("version", None)) != (_FORMAT, _VERSION):
+            raise CheckpointError(f"{path}: it is not a lineage of version {_VERSION}.")
+        return _ADAPTER.validate_python(tree)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; {folder} is neither a run nor a checkpoint of megacl.") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: not a lineage of version {_VERSION}: {where} {first['msg']}.") from None
+        raise CheckpointError(f"{path}: it is not a whole lineage: {where}: {first['msg']}.") from None
+    except ValueError:
+        raise CheckpointError(f"{path}: it is not JSON; restore it from a checkpoint of the run.") from None
 
 
 def save_lineage(lineage: Lineage, folder: Path) -> None:

@@ -25,15 +25,19 @@ from megacl.data.stream import PhaseStream, open_recorded, plan_phase
 from megacl.engine import Engine, build_engine
 from megacl.errors import DivergedError
 from megacl.evaluate import evaluate_sources, sources_of
+from megacl.kernels import chosen as kernels_chosen
 from megacl.lineage import Lineage, save_lineage
 from megacl.log import RunLog
 from megacl.model.gpt import build_model, flops_per_token
-from megacl.parallel.ranks import Ranks, start_ranks
+from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
 from megacl.publish import publish_text
 from megacl.resume import Inputs, find_run
 from megacl.schedules import build_schedule
 
 Outcome = Literal["done", "stopped"]
+
+_MAX_SKIPPED = 20
+"""Updates in a row that fp16 may skip: by then its loss scale is a millionth of what it was."""
 
 
 def train(config: RunConfig, *, resume: bool = True) -> Outcome:
@@ -56,6 +60,7 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
         return run.train(found.checkpoint, found.parent)
     finally:
         log.close()
+        stop_ranks()
 
 
 @dataclass
@@ -74,6 +79,7 @@ class _Run:
         self.lineage = Lineage()
         self.step = 0
         self.last_good: Path | None = None
+        self.skipped = 0
 
     def train(self, checkpoint: Checkpoint | None, parent: Checkpoint | None) -> Outcome:
         config = self.config
@@ -107,8 +113,9 @@ class _Run:
 
     def _greeting(self, *, model_parameters: int) -> str:
         what = f"{model_parameters:,} parameters, {self.config.engine.kind} engine, {self.ranks.world_size} rank(s)"
+        kernels = ", ".join(f"{op}: {implementation}" for op, implementation in kernels_chosen().items())
         where = f"going on at step {self.step}" if self.step else "from the beginning"
-        return f"run {self.run_dir}: {what}, {self.config.total_steps} steps, {where}"
+        return f"run {self.run_dir}: {what}, {kernels}; {self.config.total_steps} steps, {where}"
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self.lineage = checkpoint.lineage
@@ -186,8 +193,10 @@ class _Run:
         seconds = time.perf_counter() - start
         self.step += 1
         config = self.config
-        skipped = not result.applied and config.engine.precision == "fp16" and math.isfinite(result.loss)
-        if not (math.isfinite(result.loss) and (result.applied or skipped)):
+        # An overflow in fp16 lowers the loss scale and costs a batch; many in a row are no matter of the scale.
+        self.skipped = 0 if result.applied else self.skipped + 1
+        tolerated = _MAX_SKIPPED if config.engine.precision == "fp16" else 0
+        if not math.isfinite(result.loss) or self.skipped > tolerated:
             what = "loss" if not math.isfinite(result.loss) else "gradient"
             good = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was saved yet"
             raise DivergedError(

@@ -89,7 +89,10 @@ def test_what_follows_from_a_setting_is_derived(base: str) -> None:
         ("phases[1].replay.share=-0.1", "phases[1].replay.share is -0.1; it must be greater than or equal to 0"),
         ("sources.a.pth=x", "sources.a.pth is not a setting; did you mean sources.a.path?"),
         ("max_lr=3", "max_lr is not a setting; it belongs at phases[].schedule.max_lr."),
-        ("phases[0].schedule.min=3", "phases[0].schedule.min is not a setting; did you mean phases[0].schedule.min_lr?"),
+        (
+            "phases[0].schedule.min=3",
+            "phases[0].schedule.min is not a setting; did you mean phases[0].schedule.min_lr?",
+        ),
         ("xyz=3", "xyz is not a setting; known here: run_dir, model"),
         ("phases[0].schedule.kind=cosin", "did you mean 'cosine'?"),
         ("phases[0].schedule={max_lr: 1}", "phases[0].schedule.kind is missing; it must be one of constant, linear"),
@@ -102,7 +105,10 @@ def test_what_follows_from_a_setting_is_derived(base: str) -> None:
         ("model.num_attention_heads=5", "model.num_attention_heads is 5; it must divide hidden_size, 32."),
         ("model.vocab_size=", "model.vocab_size is None; it must be a valid integer. It is the number of rows"),
         ("engine.zero_stage=4", "engine.zero_stage is 4; it must be less than or equal to 3"),
-        ("engine.micro_batch_size=3", "global_batch_size of phases[0] is 8; it must be a multiple of engine.micro_batch"),
+        (
+            "engine.micro_batch_size=3",
+            "global_batch_size of phases[0] is 8; it must be a multiple of engine.micro_batch",
+        ),
         ("phases[0].schedule.max_lr=.inf", "phases[0].schedule.max_lr is inf; it must be a finite number"),
         ("phases=[]", "phases is empty"),
         ("phases=3", "phases is 3; it must be a list."),
@@ -112,7 +118,10 @@ def test_what_follows_from_a_setting_is_derived(base: str) -> None:
         ("phases[1].mixture={c: 1}", "phases[1].mixture names 'c', which is not in sources."),
         ("phases[1].mixture={}", "phases[1].mixture is empty"),
         ("phases[0].mixture.a=0", "phases[0].mixture.a is 0; it must be greater than 0"),
-        ("phases[1].replay.from={p: 1}", "phases[1].replay.from names 'p', which is no earlier phase; did you mean 'p0'?"),
+        (
+            "phases[1].replay.from={p: 1}",
+            "phases[1].replay.from names 'p', which is no earlier phase; did you mean 'p0'?",
+        ),
         ("phases[0].replay={share: 0.1}", "phases[0].replay has nothing to replay: this is the model's first phase."),
         ("phases[1].replay.from_sources={a: 1}", "has both from and from_sources"),
         ("phases[1].name=p0", "phases[1].name is 'p0', as that of phases[0]; name it differently."),
@@ -123,7 +132,9 @@ def test_what_follows_from_a_setting_is_derived(base: str) -> None:
         ("seed=[1", "it is not valid YAML"),
     ],
 )
-def test_a_wrong_setting_is_one_line_that_says_what_where_and_what_to_do(base: str, override: str, message: str) -> None:
+def test_a_wrong_setting_is_one_line_that_says_what_where_and_what_to_do(
+    base: str, override: str, message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         load([base], [override])
     assert message in str(caught.value)
