@@ -1,0 +1,227 @@
+"""A real SLURM cluster of two nodes on this machine: munged, slurmctld and two slurmd, all in one folder of /tmp.
+
+    with Cluster() as cluster:
+        job = cluster.submit("--nodes=2", "train.sbatch", "my.yaml")
+        job.wait_for_end(timeout=60)
+
+The daemons are children of this process and end with it, whatever becomes of it. There is no accounting: what is known
+of a job comes from slurmctld, which remembers ended jobs for five minutes.
+"""
+
+import contextlib
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
+PACKAGES = "munge slurmctld slurmd slurm-client"
+# Debian keeps daemons where only root's PATH looks.
+PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+
+# Nodes are named by addresses, so that a node's name resolves without a change to /etc/hosts. They declare CPUs and
+# memory that the machine may not have (config_overrides), and nothing here needs cgroups. KillOnBadExit is set as sites
+# set it that do not know of megacl. cred_expire is also how long a requeued job waits before it starts again: 120 s by
+# default.
+CONFIG = """\
+ClusterName=megacl
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=2,sched_min_interval=0,batch_sched_delay=0
+KillOnBadExit=1
+KillWait=10
+NodeName=127.0.1.1 NodeHostname={host} Port={ports[1]} CPUs=2
+NodeName=127.0.1.2 NodeHostname={host} Port={ports[2]} CPUs=2
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing_programs() -> list[str]:
+    """Those of the cluster's programs that are not installed."""
+    return [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What slurmctld says of a job."""
+
+    name: str
+    """RUNNING, COMPLETED, FAILED, ..."""
+    exit_code: str
+    """The batch script's exit status and the signal that ended it: "2:0"."""
+    restarts: int
+
+    @property
+    def ended(self) -> bool:
+        return self.name in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+class Cluster:
+    """Runs while it is entered. What is wrong with it is an AssertionError that ends with the daemons' last lines."""
+
+    def __enter__(self) -> "Cluster":
+        # Sockets lie in it, and a socket's path has at most 107 bytes: pytest's own folders are too deep.
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        # Settings of a job or a cluster that these tests run in must not reach the commands.
+        foreign = ("SLURM", "SBATCH", "SRUN", "SALLOC", "SCANCEL", "SQUEUE", "SINFO")
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(foreign)},
+            "PATH": PATH,
+            "SLURM_CONF": f"{self.folder}/slurm.conf",
+        }
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(AssertionError, subprocess.SubprocessError):
+            self.run("scancel", "--user", getpass.getuser())
+            self._wait(lambda: not self.run("squeue", "--noheader"), "the queue does not empty", timeout=30)
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+            try:
+                daemon.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def run(self, *command: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+        """What one of SLURM's commands prints; AssertionError with its complaint where it fails."""
+        done = subprocess.run(
+            command,
+            env={**self._environment, **(environment or {})},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
+        return done.stdout.strip()
+
+    def submit(self, *arguments: str, environment: Mapping[str, str], cwd: Path) -> "Job":
+        """sbatch with these arguments, in this environment and folder."""
+        number = self.run("sbatch", "--parsable", *arguments, environment=environment, cwd=cwd)
+        return Job(self, number, cwd)
+
+    def _start(self) -> None:
+        folder, (host, user) = self.folder, (socket.gethostname().partition(".")[0], getpass.getuser())
+        (folder / "state").mkdir()
+        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, user=user, ports=_free_ports(3)))
+        (folder / "munge.key").write_bytes(os.urandom(1024))
+        (folder / "munge.key").chmod(0o600)
+        munge = [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "log", "seed")]
+        # --force: it does not like that others may write to /tmp, on the way to the folder.
+        self._launch(
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={folder}/munge.key",
+            f"--socket={folder}/munge.sock",
+            *munge,
+        )
+        self._wait(lambda: (folder / "munge.sock").exists(), "munged does not listen", timeout=20)
+        self._launch("slurmctld", "-D")
+        for node in ("127.0.1.1", "127.0.1.2"):
+            self._launch("slurmd", "-D", "-N", node)
+        self._wait(lambda: self._idle_nodes() == 2, "the nodes are not idle", timeout=60)
+
+    def _launch(self, *command: str) -> None:
+        # The kernel ends the daemon when this process is gone, also after a SIGKILL.
+        with open(self.folder / "daemons.log", "ab") as log:
+            self._daemons.append(
+                subprocess.Popen(
+                    ["setpriv", "--pdeathsig", "TERM", *command],
+                    env=self._environment,
+                    cwd=self.folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            )
+
+    def _idle_nodes(self) -> int:
+        try:
+            return self.run("sinfo", "--noheader", "--Node", "--format=%T").split().count("idle")
+        except AssertionError:
+            return 0  # slurmctld does not answer yet
+
+    def _wait(self, condition: Callable[[], bool], problem: str, *, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"{problem} after {timeout:g} s\n{self._last_lines()}"
+            time.sleep(0.2)
+
+    def _last_lines(self) -> str:
+        logs = [log.read_text(errors="replace").splitlines()[-10:] for log in sorted(self.folder.glob("*.log"))]
+        return "\n".join(line for lines in logs for line in lines)
+
+
+@dataclass(frozen=True)
+class Job:
+    cluster: Cluster
+    number: str
+    folder: Path
+    """Where it was submitted, and where its log lies under the name `NUMBER.log`."""
+
+    def state(self) -> JobState:
+        shown = self.cluster.run("scontrol", "show", "job", "--oneliner", self.number)
+        fields = dict(field.partition("=")[::2] for field in shown.split(" "))
+        return JobState(fields["JobState"], fields["ExitCode"], int(fields["Restarts"]))
+
+    @property
+    def log(self) -> str:
+        """What its tasks have written so far."""
+        path = self.folder / f"{self.number}.log"
+        return path.read_text() if path.exists() else ""
+
+    def wait_until(self, condition: Callable[[], bool], *, timeout: float) -> None:
+        """Returns once the condition holds; AssertionError where the job ends without it, or takes too long."""
+        deadline = time.monotonic() + timeout
+        while True:
+            state = self.state()
+            if condition():
+                return
+            assert not state.ended, f"job {self.number} has ended: {state}\n{self.log}"
+            assert time.monotonic() < deadline, f"job {self.number} takes more than {timeout:g} s\n{self.log}"
+            time.sleep(0.1)
+
+    def wait_for_end(self, *, timeout: float) -> JobState:
+        """The state in which it ended; AssertionError where that takes longer than timeout seconds."""
+        self.wait_until(lambda: self.state().ended, timeout=timeout)
+        return self.state()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in probes]
