@@ -201,6 +201,15 @@ class Job:
         path = self.folder / f"{self.number}.log"
         return path.read_text() if path.exists() else ""
 
+    def task(self, rank: int) -> int:
+        """The process of a rank."""
+        marks = {f"SLURM_JOB_ID={self.number}".encode(), b"SLURM_STEP_ID=0", f"SLURM_PROCID={rank}".encode()}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+                if marks <= set((process / "environ").read_bytes().split(b"\0")):
+                    return int(process.name)
+        raise AssertionError(f"job {self.number} has no rank {rank} running\n{self.log}")
+
     def wait_until(self, condition: Callable[[], bool], *, timeout: float) -> None:
         """Returns once the condition holds; AssertionError where the job ends without it, or takes too long."""
         deadline = time.monotonic() + timeout

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,6 +107,24 @@ def test_a_job_that_is_signalled_saves_requeues_itself_and_finishes(cluster, fol
     assert job.log.count("told to stop: saved at step") == 1
     assert job.log.count("going on at step") == 1
     assert_same_losses(folder / "signalled", folder / "native")
+
+
+def test_a_signal_while_the_ranks_are_starting_requeues_the_job_too(cluster, folder):
+    job = submit(cluster, folder, "run_dir=early")
+    job.wait_until(lambda: "restart 0" in job.log, timeout=TIMEOUT)
+    cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+    state = job.wait_for_end(timeout=TIMEOUT)
+    assert (state.name, state.exit_code, state.restarts) == ("COMPLETED", "0:0", 1), job.log
+    assert_same_losses(folder / "early", folder / "native")
+
+
+def test_a_rank_that_dies_ends_the_job_with_its_status(cluster, folder):
+    job = submit(cluster, folder, "run_dir=killed")
+    job.wait_until(lambda: len(losses(folder / "killed")) >= 5, timeout=TIMEOUT)
+    os.kill(job.task(rank=1), signal.SIGKILL)
+    state = job.wait_for_end(timeout=TIMEOUT)
+    assert (state.name, state.exit_code, state.restarts) == ("FAILED", "137:0", 0), job.log
+    assert "task 1: Killed" in job.log
 
 
 def test_wrong_input_ends_the_job_with_its_line_and_no_requeue(cluster, folder):
