@@ -13,6 +13,7 @@ name alone; one that is damaged is named and passed over for the newest good one
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -133,9 +134,9 @@ def save_checkpoint(
         if path.exists():  # a damaged one that resume passed over
             shutil.rmtree(path)
         with publish_folder(path, "a checkpoint") as folder:
-            save_file(weights, folder / "weights.safetensors")
+            _save_tensors(weights, folder / "weights.safetensors")
             if moments:
-                save_file(moments, folder / "optimizer.safetensors")
+                _save_tensors(moments, folder / "optimizer.safetensors")
             (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n")
             (folder / "lineage.json").write_text(lineage.dump(), encoding="utf-8")
             (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
@@ -147,6 +148,16 @@ def save_checkpoint(
             (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     ranks.barrier()
     return path
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None  # what it was underneath
 
 
 def prune_checkpoints(run_dir: Path, keep_last: int | None) -> None:

@@ -365,7 +365,7 @@ class RunConfig:
             )
         if engine.kind == "deepspeed" and engine.zero_stage == 3 and engine.compile:
             raise ConfigError(
-                "engine.compile is true with engine.zero_stage 3; its gathering of weights breaks every compiled graph, "
+                "engine.compile is true with engine.zero_stage 3, whose gathering of weights breaks compiled graphs, "
                 "so compile with zero_stage 2, or leave it out."
             )
 

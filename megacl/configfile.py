@@ -154,7 +154,7 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
 
 def to_tree(config: Any) -> dict[str, Any]:
     """A configuration (or one of its sections) as plain data, every setting spelled out."""
-    tree: dict[str, Any] = _adapter(type(config)).dump_python(config, mode="json", by_alias=True)
+    tree: dict[str, Any] = _adapter(config.__class__).dump_python(config, mode="json", by_alias=True)
     return tree
 
 

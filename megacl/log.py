@@ -48,7 +48,8 @@ class RunLog:
         self._file: IO[str] | None = None
         self._progress: Progress | None = None
         self._console = Console(file=sys.stderr, quiet=not self._writes, highlight=False)
-        self._tensorboard = _open_tensorboard(run_dir) if self._writes and tensorboard else None
+        self._wants_tensorboard = tensorboard
+        self._tensorboard: Any = None
 
     def keep_until(self, step: int) -> None:
         """Forgets the records after `step`: what an interrupted run did after its last checkpoint is done again."""
@@ -63,6 +64,7 @@ class RunLog:
         with disk_errors(self._path, "metrics"):
             if self._file is None:
                 self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+                self._tensorboard = _open_tensorboard(self._path.parent) if self._wants_tensorboard else None
             line = json.dumps({"kind": kind, **values, "time": time.time()}, allow_nan=False)
             self._file.write(line + "\n")
             self._file.flush()

@@ -1,6 +1,10 @@
-"""What a run will do, said before it starts: `megacl train CONFIG --dry-run`."""
+"""What a run will do, worked out before it starts: said by `megacl train CONFIG --dry-run`, checked by every start.
 
-from collections.abc import Iterator
+for index, stream, after in plan_phases(config, lineage, sources):     # each phase's samples, and the lineage after it
+    ...
+"""
+
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megacl.checkpoint import find_checkpoint, open_checkpoint
@@ -10,9 +14,60 @@ from megacl.data.mixture import integer_weights
 from megacl.data.replay import share_of
 from megacl.data.shards import Source, open_source
 from megacl.data.stream import PhaseStream, open_recorded, plan_phase
-from megacl.lineage import Lineage
+from megacl.lineage import Lineage, PhaseRecord
 from megacl.model.gpt import count_parameters, flops_per_token
-from megacl.schedules import build_schedule
+from megacl.schedules import Schedule, build_schedule
+
+
+def begin_phase(config: RunConfig, index: int, lineage: Lineage, sources: Mapping[str, Source]) -> PhaseRecord:
+    """The record of the configuration's phase `index` as it begins after `lineage`. Raises as `plan_phase` does."""
+    phase = config.phases[index]
+    keep = phase.optimizer_state == "keep" or (phase.optimizer_state is None and phase.schedule.keeps_optimizer_state)
+    return plan_phase(
+        lineage,
+        phase,
+        sources,
+        run=Path(config.run_dir).name,
+        seed=config.seed,
+        seq_length=config.seq_length_of(phase),
+        global_batch_size=config.batch_size_of(phase),
+        steps=config.steps_of(phase),
+        schedule=to_tree(phase.schedule),
+        optimizer_state="new" if not lineage.phases else "kept" if keep else "reset",
+        start_lr=lineage.phases[-1].last_lr if lineage.phases else 0.0,
+    )
+
+
+def schedule_of(config: RunConfig, phase: PhaseConfig, start_lr: float) -> Schedule:
+    """The learning rate of a phase's updates; start_lr: the rate at which the phase before ended."""
+    return build_schedule(
+        phase.schedule,
+        steps=config.steps_of(phase),
+        tokens_per_step=config.tokens_per_step(phase),
+        last_lr=start_lr,
+    )
+
+
+def open_phase(lineage: Lineage, sources: Mapping[str, Source]) -> PhaseStream:
+    """The samples of a lineage's last phase, from the named sources, or from where the lineage says they lie."""
+    return PhaseStream(lineage, lambda record: open_recorded(record, sources.values()))
+
+
+def plan_phases(
+    config: RunConfig, lineage: Lineage, sources: Mapping[str, Source], *, first: int = 0
+) -> Iterator[tuple[int, PhaseStream, Lineage]]:
+    """(index, samples, lineage after it) of each phase from `first` on, all of which begin after `lineage`.
+
+    Going through it finds what would stop the run at a later phase: names that are taken, sources that are too small,
+    replays of what was not seen, history whose data is gone.
+    """
+    for index in range(first, len(config.phases)):
+        phase = config.phases[index]
+        lineage = lineage.with_phase(begin_phase(config, index, lineage, sources))
+        stream = open_phase(lineage, sources)
+        last_lr = schedule_of(config, phase, stream.record.start_lr)(config.steps_of(phase))
+        lineage = lineage.with_phase(stream.seen(stream.record.budget_samples, last_lr))
+        yield index, stream, lineage
 
 
 def plan_text(config: RunConfig) -> Iterator[str]:
@@ -23,38 +78,42 @@ def plan_text(config: RunConfig) -> Iterator[str]:
     """
     parameters = count_parameters(config.model)
     yield f"run {config.run_dir}: {config.model.form}, {parameters:,} parameters, seed {config.seed}"
-    lineage, last_lr = Lineage(), 0.0
+    lineage = Lineage()
     if config.start_from is not None:
         parent = open_checkpoint(find_checkpoint(config.start_from))
-        lineage, last_lr = parent.lineage, parent.lineage.phases[-1].last_lr
+        lineage = parent.lineage
         yield f"goes on from {parent.path}: {len(lineage.phases)} phases, {lineage.tokens:,} tokens"
-    sources = {
-        name: open_source(source.path, source.generation)
+    missing = [
+        name
         for name, source in config.sources.items()
-        if source.documents is None or (Path(source.path) / "manifest.json").exists()
-    }
-    for name in config.sources.keys() - sources.keys():
+        if source.documents is not None and not (Path(source.path) / "manifest.json").exists()
+    ]
+    for name in missing:
         yield f"source {name}: not prepared yet; training prepares it first"
-    total = 0
+    reading: list[list[str]] = [[] for _ in config.phases]
+    if not missing:
+        sources = {name: open_source(source.path, source.generation) for name, source in config.sources.items()}
+        for index, stream, after in plan_phases(config, lineage, sources):
+            reading[index] = [*_reading(after.phases[-1]), *(f"warning: {line}" for line in stream.repeats())]
+    last_lr = lineage.phases[-1].last_lr if lineage.phases else 0.0
+    total = flops = 0
     for index, phase in enumerate(config.phases):
-        steps, per_step = config.steps_of(phase), config.tokens_per_step(phase)
-        total += steps * per_step
+        steps, seq_length = config.steps_of(phase), config.seq_length_of(phase)
+        tokens = steps * config.tokens_per_step(phase)
+        total, flops = total + tokens, flops + tokens * flops_per_token(config.model, seq_length)
         yield (
-            f"phases[{index}] {phase.name}: {steps * per_step:,} tokens = {steps:,} steps x "
-            f"{config.batch_size_of(phase)} sequences x {config.seq_length_of(phase)}"
+            f"phases[{index}] {phase.name}: {tokens:,} tokens = {steps:,} steps x "
+            f"{config.batch_size_of(phase)} sequences x {seq_length}"
         )
         yield from (f"  {line}" for line in _shares(phase))
-        schedule = build_schedule(phase.schedule, steps=steps, tokens_per_step=per_step, last_lr=last_lr)
-        rates = [schedule(k) for k in range(1, steps + 1)] if steps <= 1_000_000 else [schedule(1), schedule(steps)]
+        schedule = schedule_of(config, phase, last_lr)
+        highest = max(schedule(k) for k in range(1, steps + 1, max(1, steps // 100_000)))
+        last_lr = schedule(steps)
         yield (
-            f"  schedule {phase.schedule.kind}: {rates[0]:.4g} at the first update, {max(rates):.4g} at the highest, "
-            f"{rates[-1]:.4g} at the last"
+            f"  schedule {phase.schedule.kind}: {schedule(1):.4g} at the first update, {highest:.4g} at the highest, "
+            f"{last_lr:.4g} at the last"
         )
-        if phase.mixture.keys() <= sources.keys():
-            lineage, lines = _reading(config, phase, lineage, sources, last_lr, rates[-1])
-            yield from (f"  {line}" for line in lines)
-        last_lr = rates[-1]
-    flops = total * flops_per_token(config.model, config.seq_length)
+        yield from (f"  {line}" for line in reading[index])
     yield f"{total:,} tokens, {config.total_steps:,} steps, {flops:.3g} FLOPs in all"
 
 
@@ -63,36 +122,14 @@ def _shares(phase: PhaseConfig) -> Iterator[str]:
     period = sum(whole.values())
     yield "new data: " + ", ".join(f"{name} {weight}/{period}" for name, weight in whole.items())
     if phase.replay and phase.replay.share:
-        origin = phase.replay.from_sources or phase.replay.from_ or {"all earlier phases, by their tokens": 1}
+        origin = phase.replay.from_sources or phase.replay.from_ or ["all earlier phases, by their tokens"]
         yield f"replay: {share_of(phase.replay.share)} of all samples, from {', '.join(origin)}"
 
 
-def _reading(
-    config: RunConfig,
-    phase: PhaseConfig,
-    lineage: Lineage,
-    sources: dict[str, Source],
-    start_lr: float,
-    last_lr: float,
-) -> tuple[Lineage, list[str]]:
-    """The lineage after the phase, and a line for each source on how much of it the phase will have read."""
-    record = plan_phase(
-        lineage,
-        phase,
-        sources,
-        run=Path(config.run_dir).name,
-        seed=config.seed,
-        seq_length=config.seq_length_of(phase),
-        global_batch_size=config.batch_size_of(phase),
-        steps=config.steps_of(phase),
-        schedule=to_tree(phase.schedule),
-        optimizer_state="new",
-        start_lr=start_lr,
-    )
-    stream = PhaseStream(lineage.with_phase(record), lambda wanted: open_recorded(wanted, sources.values()))
-    after = stream.seen(record.budget_samples, last_lr)
-    lines = [f"{source.name}: {source.tokens:,} tokens, {source.epochs:.2f} epochs by then" for source in after.sources]
+def _reading(after: PhaseRecord) -> Iterator[str]:
+    """A line for each source and each replayed phase, on how much of it the phase will have read."""
+    for source in after.sources:
+        yield f"{source.name}: {source.tokens:,} tokens, {source.epochs:.2f} epochs by then"
     if after.replay:
-        lines += [f"replays {entry.tokens:,} tokens of phase {entry.phase}" for entry in after.replay.from_]
-        lines += [f"replays {source.tokens:,} tokens of {source.name}" for source in after.replay.from_sources]
-    return lineage.with_phase(after), lines + [f"warning: {line}" for line in stream.repeats()]
+        yield from (f"replays {entry.tokens:,} tokens of phase {entry.phase}" for entry in after.replay.from_)
+        yield from (f"replays {source.tokens:,} tokens of {source.name}" for source in after.replay.from_sources)

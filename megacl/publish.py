@@ -28,8 +28,6 @@ def disk_errors(path: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = _DISK.get(error.errno or 0)
-        if reason is None and "No space left" in str(error):  # safetensors wraps the errno away
-            reason = _DISK[errno.ENOSPC]
         if reason is None:
             raise
         raise DataError(

@@ -41,6 +41,24 @@ class Found:
     parent: Checkpoint | None
     """What start_from names, where the run is still at its beginning."""
 
+    @property
+    def lineage(self) -> Lineage:
+        """What the model has seen so far."""
+        origin = self.checkpoint or self.parent
+        return origin.lineage if origin else Lineage()
+
+    @property
+    def phase(self) -> int:
+        """Index of the phase to go on with; the number of phases where none is left."""
+        if self.checkpoint is None:
+            return 0
+        return self.checkpoint.state.phase + self.checkpoint.state.phase_end
+
+    @property
+    def samples(self) -> int:
+        """Samples of that phase already seen."""
+        return 0 if self.checkpoint is None or self.checkpoint.state.phase_end else self.checkpoint.state.samples
+
 
 def find_run(config: RunConfig, run_dir: Path, ranks: Ranks, log: RunLog, *, resume: bool) -> Found:
     """What a run directory and `start_from` hold, checked against the configuration. Every rank calls it.

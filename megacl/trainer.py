@@ -11,28 +11,26 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from megacl.checkpoint import Checkpoint, RunState, prune_checkpoints, save_checkpoint
+from megacl.checkpoint import RunState, prune_checkpoints, save_checkpoint
 from megacl.config import PhaseConfig, RunConfig
-from megacl.configfile import dump, to_tree
+from megacl.configfile import dump
 from megacl.data.loader import Loader
 from megacl.data.provide import provide_sources
-from megacl.data.stream import PhaseStream, open_recorded, plan_phase
 from megacl.engine import Engine, build_engine
-from megacl.errors import DivergedError
+from megacl.errors import ConfigError, DivergedError
 from megacl.evaluate import evaluate_sources, sources_of
 from megacl.kernels import chosen as kernels_chosen
-from megacl.lineage import Lineage, save_lineage
+from megacl.lineage import save_lineage
 from megacl.log import RunLog
-from megacl.model.gpt import build_model, flops_per_token
+from megacl.model.gpt import build_model, count_parameters, flops_per_token
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
+from megacl.plan import begin_phase, open_phase, plan_phases, schedule_of
 from megacl.publish import publish_text
-from megacl.resume import Inputs, find_run
-from megacl.schedules import build_schedule
+from megacl.resume import Found, find_run
 
 Outcome = Literal["done", "stopped"]
 
@@ -56,106 +54,97 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
             provide_sources(config.tokenizer, config.sources, log.say)
         ranks.barrier()
         found = find_run(config, run_dir, ranks, log, resume=resume)
-        run = _Run(config=found.config, run_dir=run_dir, ranks=ranks, log=log, inputs=found.inputs)
-        return run.train(found.checkpoint, found.parent)
+        config = found.config
+        _check_batches(config, ranks)
+        _check_ahead(config, found, log)
+        model = build_model(config.model, seed=config.seed)
+        engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=ranks)
+        with _StopSignal() as stop:
+            return _Run(found, run_dir, ranks, log, engine, stop).train()
     finally:
         log.close()
         stop_ranks()
 
 
-@dataclass
+def _check_batches(config: RunConfig, ranks: Ranks) -> None:
+    """Raises ConfigError where a phase's batch cannot be dealt out to the ranks in whole micro batches."""
+    micro = config.engine.micro_batch_size
+    for index, phase in enumerate(config.phases):
+        batch = config.batch_size_of(phase)
+        if batch % (ranks.world_size * (micro or 1)):
+            times = f" x engine.micro_batch_size, {micro}" if micro else ""
+            raise ConfigError(
+                f"global_batch_size of phases[{index}] is {batch}; it must be a multiple of the number of ranks, "
+                f"{ranks.world_size}{times}."
+            )
+
+
+def _check_ahead(config: RunConfig, found: Found, log: RunLog) -> None:
+    """Goes through all that is left before anything is written: what would stop phase 3 stops the run now."""
+    lineage = found.lineage
+    if found.samples:
+        phase, stream = config.phases[found.phase], open_phase(lineage, found.inputs.sources)
+        last_lr = schedule_of(config, phase, stream.record.start_lr)(config.steps_of(phase))
+        lineage = lineage.with_phase(stream.seen(stream.record.budget_samples, last_lr))
+    first = found.phase + 1 if found.samples else found.phase
+    for _, stream, _ in plan_phases(config, lineage, found.inputs.sources, first=first):
+        for line in stream.repeats():
+            log.warn(line)
+
+
 class _Run:
     """One run on one rank: what its phases share."""
 
-    config: RunConfig
-    run_dir: Path
-    ranks: Ranks
-    log: RunLog
-    inputs: Inputs
-
-    def __post_init__(self) -> None:
-        self.stop = _StopSignal()
-        self.engine: Engine
-        self.lineage = Lineage()
-        self.step = 0
-        self.last_good: Path | None = None
+    def __init__(
+        self, found: Found, run_dir: Path, ranks: Ranks, log: RunLog, engine: Engine, stop: "_StopSignal"
+    ) -> None:
+        self.found, self.config, self.inputs = found, found.config, found.inputs
+        self.run_dir, self.ranks, self.log, self.engine, self.stop = run_dir, ranks, log, engine, stop
+        self.lineage = found.lineage
+        self.step = found.checkpoint.state.step if found.checkpoint else 0
+        self.last_good = found.checkpoint.path if found.checkpoint else None
         self.skipped = 0
-
-    def train(self, checkpoint: Checkpoint | None, parent: Checkpoint | None) -> Outcome:
-        config = self.config
-        model = build_model(config.model, seed=config.seed)
-        self.engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=self.ranks)
-        phase, samples = 0, 0
-        if checkpoint is not None:
-            state = checkpoint.state
-            self._load(checkpoint)
-            self.step, self.last_good = state.step, checkpoint.path
-            phase, samples = (state.phase + 1, 0) if state.phase_end else (state.phase, state.samples)
-        elif parent is not None:
-            self._load(parent)
         self.evaluated, problems = sources_of(self.lineage, self.inputs.sources)
         for problem in problems:
-            self.log.warn(f"not evaluated: {problem}")
+            log.warn(f"not evaluated: {problem}")
+
+    def train(self) -> Outcome:
+        """Loads what there is to go on from, and trains the phases that are left."""
+        found, config = self.found, self.config
         if self.ranks.rank == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             publish_text(self.run_dir / "config.yaml", dump(config), "the configuration")
-        self.log.keep_until(self.step)
-        self.log.say(self._greeting(model_parameters=sum(p.numel() for p in model.parameters())))
-        if checkpoint is None:
-            self.log.keep_until(-1)
+        self.log.say(self._greeting())
+        origin = found.checkpoint or found.parent
+        if origin is not None:
+            self.engine.import_state(
+                origin.load_state(), optimizer_step=origin.state.optimizer_step, loss_scale=origin.state.loss_scale
+            )
+        self.log.keep_until(self.step if found.checkpoint else -1)
+        if found.checkpoint is None:
             self._evaluate(config.phases[0].name, "start")
-        with self.stop:
-            for index in range(phase, len(config.phases)):
-                if self._train_phase(index, samples) == "stopped":
-                    return "stopped"
-                samples = 0
+        for index in range(found.phase, len(config.phases)):
+            if self._train_phase(index, found.samples if index == found.phase else 0) == "stopped":
+                return "stopped"
         return "done"
 
-    def _greeting(self, *, model_parameters: int) -> str:
-        what = f"{model_parameters:,} parameters, {self.config.engine.kind} engine, {self.ranks.world_size} rank(s)"
-        kernels = ", ".join(f"{op}: {implementation}" for op, implementation in kernels_chosen().items())
+    def _greeting(self) -> str:
+        config = self.config
+        size = f"{count_parameters(config.model):,} parameters"
+        what = f"{size}, {config.engine.kind} engine, {self.ranks.world_size} rank(s)"
+        kernels = ", ".join(f"{op}: {form}" for op, form in kernels_chosen().items())
         where = f"going on at step {self.step}" if self.step else "from the beginning"
-        return f"run {self.run_dir}: {what}, {kernels}; {self.config.total_steps} steps, {where}"
-
-    def _load(self, checkpoint: Checkpoint) -> None:
-        self.lineage = checkpoint.lineage
-        state = checkpoint.state
-        self.engine.import_state(
-            checkpoint.load_state(), optimizer_step=state.optimizer_step, loss_scale=state.loss_scale
-        )
-
-    def _begin_phase(self, index: int) -> None:
-        """Plans the phase, appends its record to the lineage, and resets the optimizer where the phase asks for it."""
-        config, phase = self.config, self.config.phases[index]
-        first = not self.lineage.phases
-        keep = phase.optimizer_state == "keep" or (
-            phase.optimizer_state is None and phase.schedule.keeps_optimizer_state
-        )
-        if not keep and not first:
-            self.engine.reset_optimizer()
-        record = plan_phase(
-            self.lineage,
-            phase,
-            self.inputs.sources,
-            run=self.run_dir.name,
-            seed=config.seed,
-            seq_length=config.seq_length_of(phase),
-            global_batch_size=config.batch_size_of(phase),
-            steps=config.steps_of(phase),
-            schedule=to_tree(phase.schedule),
-            optimizer_state="new" if first else "kept" if keep else "reset",
-            start_lr=self.lineage.phases[-1].last_lr if self.lineage.phases else 0.0,
-        )
-        self.lineage = self.lineage.with_phase(record)
+        return f"run {self.run_dir}: {what}, {kernels}; {config.total_steps} steps, {where}"
 
     def _train_phase(self, index: int, samples: int) -> Outcome:
         config, phase = self.config, self.config.phases[index]
-        if samples == 0 and phase.name not in {record.name for record in self.lineage.phases}:
-            self._begin_phase(index)
+        if samples == 0:
+            record = begin_phase(config, index, self.lineage, self.inputs.sources)
+            if record.optimizer_state == "reset":
+                self.engine.reset_optimizer()
+            self.lineage = self.lineage.with_phase(record)
         batch_size, steps = config.batch_size_of(phase), config.steps_of(phase)
-        stream = PhaseStream(self.lineage, lambda record: open_recorded(record, list(self.inputs.sources.values())))
-        for line in stream.repeats():
-            self.log.warn(line)
+        stream = open_phase(self.lineage, self.inputs.sources)
         loader = Loader(
             stream,
             batch_size=batch_size,
@@ -164,12 +153,7 @@ class _Run:
             vocab_size=config.model.vocab_size,
         )
         loader.load_state_dict({"samples": samples})
-        schedule = build_schedule(
-            phase.schedule,
-            steps=steps,
-            tokens_per_step=config.tokens_per_step(phase),
-            last_lr=stream.record.start_lr,
-        )
+        schedule = schedule_of(config, phase, stream.record.start_lr)
         before = self.lineage.tokens - self.lineage.phases[-1].tokens
         for batch in loader:
             samples = batch.first_sample + batch_size

@@ -144,7 +144,7 @@ def test_a_wrong_setting_is_one_line_that_says_what_where_and_what_to_do(
 def test_a_missing_setting_is_named(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(BASE.replace("seq_length: 32\n", ""))
-    with pytest.raises(ConfigError, match="^seq_length is missing; every configuration must give it"):
+    with pytest.raises(ConfigError, match=r"^seq_length is missing; every configuration must give it"):
         load([str(path)])
 
 

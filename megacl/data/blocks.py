@@ -5,7 +5,7 @@ published by rename. The key is a hash of the block's files (names, sizes, times
 all that decides what becomes of it, so a later call finds what an interrupted one has done and does the rest; mending
 one bad file costs that file alone.
 
-A worker holds one block as text and as tokens: at most 0.5 GB with blocks of 32 MB, whatever the inputs' size (measured:
+A worker holds one block as text and tokens: at most 0.5 GB with blocks of 32 MB, whatever the inputs' size (measured:
 170 MB for prose, 370 MB where every byte becomes a token, 460 MB for millions of documents of a few words).
 """
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from megacl.data.order import order_key, permuted
 
-
 GOLDEN_KEY = 1113841310316876232
 GOLDEN_10 = [8, 1, 0, 6, 3, 5, 9, 4]
 GOLDEN_1E12 = [

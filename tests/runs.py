@@ -1,0 +1,61 @@
+"""Looking at run directories in tests, and starting runs as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from megacl.checkpoint import list_checkpoints
+
+
+def metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind in a run's metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run_dir, "step")]
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint, by file and name, as bytes: equal iff bitwise equal."""
+    return {
+        f"{file.name}:{name}": tensor.tobytes()
+        for file in sorted(checkpoint.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def last_state(run_dir: Path) -> dict[str, Any]:
+    return state(list_checkpoints(run_dir)[-1])
+
+
+def start(*arguments: str, launcher: Sequence[str] = ()) -> "subprocess.Popen[str]":
+    """`megacl ARGUMENTS` as a process of its own; launcher: `python -m` words to put before it, torchrun's for one."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "megacl", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def command_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of `megacl ARGUMENTS`, in this process."""
+    from megacl import cli
+
+    before = sys.argv
+    sys.argv = ["megacl", *arguments]
+    status: Any = 0
+    try:
+        cli.main()
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return int(status), out, err

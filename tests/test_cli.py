@@ -1,0 +1,314 @@
+"""The command line as a user meets it: what it prints, its exit status, and one line for each bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Prepared, write_documents
+from runs import command_line, start
+
+from megacl.configfile import from_tree
+from megacl.trainer import train
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def run(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    train(from_tree(prepared.tree(run_dir)))
+    return run_dir
+
+
+def refusal(capsys: Capture, *arguments: str) -> str:
+    """The one line of an error that the user can put right."""
+    status, _, err = command_line(capsys, *arguments)
+    lines = err.strip().splitlines()
+    assert status == 2
+    assert "Traceback" not in err
+    assert lines[-1].split(":")[0] in ("ConfigError", "DataError", "CheckpointError", "LaunchError")
+    return lines[-1]
+
+
+# ---------------------------------------------------------------------------------------------- what it prints
+
+
+def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from megacl.cli import app; "
+        "heavy = {'torch', 'numpy', 'pyarrow', 'pydantic', 'deepspeed', 'sentencepiece', 'plotly'} & set(sys.modules); "
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-m", "megacl", "--help"], capture_output=True, text=True, check=True)
+    for verb in ("prepare", "train", "evaluate", "lineage", "sample", "report", "data"):
+        assert verb in done.stdout
+
+
+def test_prepare_says_what_it_made_and_a_second_call_changes_nothing(
+    prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "english"
+    call = ["prepare", str(prepared.documents["english"]), "--tokenizer", str(prepared.tokenizer)]
+    status, printed, _ = command_line(capsys, *call, "--out", str(out), "--validation", "0.2")
+    assert status == 0
+    assert "generation 1, 160 documents" in printed
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    assert command_line(capsys, *call, "--out", str(out), "--validation", "0.2")[0] == 0
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
+    assert command_line(capsys, "data", "verify", str(out)) == (0, f"{out}: every shard is as its manifest says\n", "")
+
+
+def test_a_damaged_shard_is_found_by_verify_and_by_training(
+    prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    english = tmp_path / "english"
+    shutil.copytree(prepared.sources["english"], english)
+    shard = english / "train-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    status, out, _ = command_line(capsys, "data", "verify", str(english))
+    assert status == 2
+    assert str(shard) in out
+    shard.write_bytes(content[:-8])
+    config = prepared.config_file(
+        tmp_path / "run",
+        sources={"english": {"path": str(english)}, "german": {"path": str(prepared.sources["german"])}},
+    )
+    assert "train-00000.arrow" in refusal(capsys, "train", config)
+
+
+def test_evaluate_prints_each_source_and_what_was_forgotten(run: Path, prepared: Prepared, capsys: Capture) -> None:
+    status, out, _ = command_line(capsys, "evaluate", str(run))
+    assert status == 0
+    assert "source" in out
+    assert "forgetting" in out
+    assert out.count("english") >= 2
+    status, out, _ = command_line(capsys, "evaluate", f"{run}@english", "--json")
+    results = json.loads(out)
+    assert set(results) == {"english"}  # all that the model had seen by then
+    status, out, _ = command_line(capsys, "evaluate", str(run), "--data", str(prepared.sources["german"]), "--json")
+    assert set(json.loads(out)) == {"german"}
+
+
+def test_lineage_is_text_or_json(run: Path, capsys: Capture) -> None:
+    status, out, _ = command_line(capsys, "lineage", str(run))
+    assert status == 0
+    assert "phase 1  german" in out
+    assert "24 sequences (768 tokens) of phase english" in out
+    _, out, _ = command_line(capsys, "lineage", f"{run}@english", "--json")
+    assert [phase["name"] for phase in json.loads(out)["phases"]] == ["english"]
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(
+    prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    config = prepared.config_file(tmp_path / "run")
+    status, out, _ = command_line(capsys, "train", config, "--dry-run")
+    assert status == 0
+    assert "phases[1] german: 3,072 tokens = 8 steps x 12 sequences x 32" in out
+    assert "replay: 1/4 of all samples" in out
+    assert "replays 768 tokens of phase english" in out
+    assert "0.0025 at the first update, 0.005 at the highest, 0.0005 at the last" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_shipped_models_resolve_with_a_recipe_on_top(prepared: Prepared, tmp_path: Path, capsys: Capture) -> None:
+    config = prepared.config_file(tmp_path / "run")
+    status, out, _ = command_line(capsys, "train", config, "model/405m.yaml", "--dry-run")
+    assert status == 0
+    assert "405,334,016 parameters" in out
+
+
+# ---------------------------------------------------------------------------------------------- bad input: documents
+
+
+def prepare_refusal(capsys: Capture, prepared: Prepared, tmp_path: Path, *inputs: str, more: Any = ()) -> str:
+    out = tmp_path / "out"
+    line = refusal(capsys, "prepare", *inputs, "--tokenizer", str(prepared.tokenizer), "--out", str(out), *more)
+    assert not (out / "manifest.json").exists(), "nothing is half published"
+    return line
+
+
+def texts(count: int) -> list[str]:
+    return [f"Document number {number} is about nothing in particular." for number in range(count)]
+
+
+def test_a_missing_file_is_named(prepared: Prepared, tmp_path: Path, capsys: Capture) -> None:
+    assert f"{tmp_path}/gone.jsonl" in prepare_refusal(capsys, prepared, tmp_path, f"{tmp_path}/gone.jsonl")
+
+
+def test_an_empty_file_is_named(prepared: Prepared, tmp_path: Path, capsys: Capture) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert str(empty) in prepare_refusal(capsys, prepared, tmp_path, str(empty))
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [
+        (b'{"text": "unfinished\n', "JSON"),
+        (b'{"body": "no text"}\n', "text"),
+        (b'{"text": 5}\n', "text"),
+        (b'{"text": "caf\xe9"}\n', "UTF-8"),
+        (b"[1, 2]\n", ""),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number_and_can_be_left_out(
+    prepared: Prepared, tmp_path: Path, capsys: Capture, bad: bytes, what: str
+) -> None:
+    path = write_documents(tmp_path / "raw.jsonl", texts(100))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:41], bad, *lines[41:]]))
+    line = prepare_refusal(capsys, prepared, tmp_path, str(path), more=("--validation", "0.5"))
+    assert str(path) in line
+    assert "42" in line
+    assert what in line
+    status, out, _ = command_line(
+        capsys,
+        "prepare",
+        str(path),
+        "--tokenizer",
+        str(prepared.tokenizer),
+        "--out",
+        str(tmp_path / "out"),
+        "--validation",
+        "0.5",
+        "--skip-bad",
+    )
+    assert status == 0
+    assert "100 documents" in out
+    assert "1 bad lines" in out
+
+
+def test_too_few_held_out_documents_are_an_error_unless_none_are_asked_for(
+    prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    path = write_documents(tmp_path / "raw.jsonl", texts(100))
+    line = prepare_refusal(capsys, prepared, tmp_path, str(path))
+    assert "20" in line
+    assert "validation" in line
+    out = ("--out", str(tmp_path / "out"))
+    call = ("prepare", str(path), "--tokenizer", str(prepared.tokenizer), *out, "--validation", "0")
+    assert command_line(capsys, *call)[0] == 0
+
+
+def test_a_tokenizer_that_is_not_there_is_named(prepared: Prepared, tmp_path: Path, capsys: Capture) -> None:
+    call = ("prepare", str(prepared.documents["english"]), "--tokenizer", f"{tmp_path}/none.model")
+    assert f"{tmp_path}/none.model" in refusal(capsys, *call, "--out", str(tmp_path / "out"))
+
+
+# ---------------------------------------------------------------------------------------------- bad input: runs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["phases[1].replay.share=1.2"], "phases[1].replay.share is 1.2; it must be less than 1."),
+        (["phases[0].schedule.warmup=13 steps"], "phases[0].schedule is longer than its phase"),
+        (["engine.micro_batch_size=5"], "it must be a multiple of engine.micro_batch_size, 5."),
+        (["phases[0].schedul.max_lr=1"], "phases[0].schedul is not a setting; did you mean phases[0].schedule?"),
+        (["sources.english.path=nowhere"], "nowhere"),
+        (["sources.english.generation=7"], "generation"),
+        (["seq_length=100000"], "too few for one sequence of 100000"),
+        (["start_from=nowhere"], "nowhere: no such run or checkpoint"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_in_one_line(
+    prepared: Prepared, tmp_path: Path, capsys: Capture, overrides: list[str], message: str
+) -> None:
+    config = prepared.config_file(tmp_path / "run")
+    assert message in refusal(capsys, "train", config, *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_of_another_configuration_is_refused(run: Path, prepared: Prepared, capsys: Capture) -> None:
+    config = prepared.config_file(run)
+    assert "holds a run with seed 0, and this configuration has 3" in refusal(capsys, "train", config, "seed=3")
+
+
+def test_a_tokenizer_that_does_not_match_the_shards_is_refused(
+    prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    from megacl.data.tokenizer import train_tokenizer
+
+    other = train_tokenizer([str(prepared.documents["german"])], tmp_path / "other.model", 500)
+    config = prepared.config_file(tmp_path / "run", tokenizer={"path": str(other.file)})
+    line = refusal(capsys, "train", config)
+    assert "was prepared with tokenizer" in line
+    assert other.fingerprint[:12] in line
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(prepared: Prepared, tmp_path: Path, capsys: Capture) -> None:
+    """A folder whose manifest promises a smaller vocabulary than its shards keep."""
+    from megacl.data.manifest import read_manifest
+    from megacl.data.tokenizer import train_tokenizer
+
+    small = train_tokenizer([str(prepared.documents["german"])], tmp_path / "small.model", 400)
+    english = tmp_path / "english"
+    shutil.copytree(prepared.sources["english"], english)
+    assert read_manifest(english).tokenizer.vocab_size == 600
+    manifest = json.loads((english / "manifest.json").read_text())
+    manifest["tokenizer"]["vocab_size"] = 400
+    (english / "manifest.json").write_text(json.dumps(manifest))
+    extends = small.file.with_name(f"{small.file.name}.extends.json")
+    record = {"tokenizer": small.fingerprint, "extends": [manifest["tokenizer"]["fingerprint"]]}
+    extends.write_text(json.dumps(record))
+    config = prepared.config_file(
+        tmp_path / "run",
+        sources={"english": {"path": str(english)}},
+        tokenizer={"path": str(small.file)},
+        phases=prepared.tree(tmp_path)["phases"][:1],
+    )
+    line = refusal(capsys, "train", config, "model.vocab_size=400")
+    assert "holds token id" in line
+    assert "vocab_size is 400" in line
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_no_space_left_for_a_checkpoint_is_one_line_and_leaves_nothing_half_written(
+    prepared: Prepared, small_disk: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    config = prepared.config_file(tmp_path / "run")
+    line = refusal(capsys, "train", config, f"run_dir={small_disk}/run")
+    assert "no space left on the device" in line
+    assert [path.name for path in (small_disk / "run").rglob("step-*")] == []
+    assert list((small_disk / "run").rglob("*.tmp")) == []
+
+
+def test_no_space_left_for_shards_is_one_line_and_publishes_nothing(
+    prepared: Prepared, small_disk: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    raw = write_documents(tmp_path / "raw.jsonl", [f"{text} " * 100 for text in texts(200)])
+    call = ("prepare", str(raw), "--tokenizer", str(prepared.tokenizer), "--out", str(small_disk / "out"))
+    assert "no space left on the device" in refusal(capsys, *call, "--validation", "0.2")
+    assert not (small_disk / "out" / "manifest.json").exists()
+
+
+def test_a_bad_configuration_on_several_ranks_is_said_once(prepared: Prepared, tmp_path: Path) -> None:
+    config = prepared.config_file(tmp_path / "run")
+    launcher = ["torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    process = start("train", config, "global_batch_size=7", "engine.kind=deepspeed", launcher=launcher)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    lines = [line for line in err.splitlines() if "ConfigError" in line]
+    assert lines == [
+        "ConfigError: global_batch_size of phases[0] is 7; it must be a multiple of the number of ranks, 2."
+    ]
