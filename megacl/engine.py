@@ -88,6 +88,11 @@ class Engine(ABC):
         return logits_B1V[:, 0].float().cpu()
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: every token must be below it."""
+        return self._model.config.vocab_size
+
+    @property
     def optimizer_step(self) -> int:
         """Adam's step: updates applied since its moments were zero."""
         return self._updates

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from megacl.data.loader import check_tokens
 from megacl.data.order import Int64
 from megacl.data.shards import Source
 from megacl.data.stream import open_recorded
@@ -67,7 +68,9 @@ def evaluate_source(
     nats = 0.0
     for batch in range(batches):
         some = mine[batch * micro_batch_size : (batch + 1) * micro_batch_size]
-        nats += engine.nats(*_windows(source, some, seq_length, micro_batch_size))
+        inputs, targets = _windows(source, some, seq_length, micro_batch_size)
+        check_tokens(targets, engine.vocab_size, source)
+        nats += engine.nats(inputs, targets)
     total = float(ranks.sum(np.array([nats]))[0])
     loss = total / tokens
     text_bytes = source.validation.text_bytes * tokens / held_out

@@ -88,6 +88,7 @@ def test_ranks_share_the_windows_and_call_the_model_equally_often(prepared: Prep
         """One rank of several, which hands its own part back instead of summing."""
 
         calls = 0
+        vocab_size = SHAPE.vocab_size
 
         def nats(self, tokens: Any, targets: Any) -> float:
             self.calls += 1

@@ -16,11 +16,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from megacl.data.order import Int64
+from megacl.data.shards import Source
 from megacl.data.stream import PhaseStream
 from megacl.errors import ConfigError, DataError
 
 _AHEAD = 2
 """Batches read ahead: one being used, one ready, one under way."""
+
+
+def check_tokens(tokens: Int64, vocab_size: int, source: Source) -> None:
+    """Raises DataError, naming the source, where a token has no row in an embedding of vocab_size rows."""
+    if int(tokens.max()) >= vocab_size:
+        raise DataError(
+            f"source {source.name!r} ({source.path}) holds token id {int(tokens.max())}, but the model's "
+            f"vocab_size is {vocab_size}; prepare it with the model's tokenizer."
+        )
 
 
 @dataclass(frozen=True)
@@ -66,13 +76,10 @@ class Loader:
         start = first + self._rank * self._rows
         samples = np.arange(start, start + self._rows, dtype=np.int64)
         tokens = self._stream.read(samples)
-        if int(tokens.max()) >= self._vocab_size:
-            row = int(tokens.max(axis=1).argmax())
+        row = int(tokens.max(axis=1).argmax())
+        if int(tokens[row].max()) >= self._vocab_size:
             source = self._stream.sources[int(self._stream.locate(samples[row : row + 1]).source[0])]
-            raise DataError(
-                f"source {source.name!r} ({source.path}) holds token id {int(tokens.max())}, but the model's "
-                f"vocab_size is {self._vocab_size}; prepare it with the model's tokenizer."
-            )
+            check_tokens(tokens[row], self._vocab_size, source)
         return Batch(first, samples, tokens)
 
     def __iter__(self) -> Iterator[Batch]:

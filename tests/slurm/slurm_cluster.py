@@ -4,8 +4,9 @@
         job = cluster.submit("--nodes=2", "train.sbatch", "my.yaml")
         job.wait_for_end(timeout=60)
 
-The daemons are children of this process and end with it, whatever becomes of it. There is no accounting: what is known
-of a job comes from slurmctld, which remembers ended jobs for five minutes.
+A process of its own keeps the cluster until the one that entered it leaves or is gone, be it by a SIGKILL: then it
+cancels the jobs, ends the daemons and removes the folder. There is no accounting: what is known of a job comes from
+slurmctld, which remembers ended jobs for five minutes.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -83,7 +85,6 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         # Sockets lie in it, and a socket's path has at most 107 bytes: pytest's own folders are too deep.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-        self._daemons: list[subprocess.Popen[bytes]] = []
         # Settings of a job or a cluster that these tests run in must not reach the commands.
         foreign = ("SLURM", "SBATCH", "SRUN", "SALLOC", "SCANCEL", "SQUEUE", "SINFO")
         self._environment = {
@@ -91,25 +92,31 @@ class Cluster:
             "PATH": PATH,
             "SLURM_CONF": f"{self.folder}/slurm.conf",
         }
+        host, user = socket.gethostname().partition(".")[0], getpass.getuser()
+        config = CONFIG.format(folder=self.folder, host=host, user=user, ports=_free_ports(3))
+        (self.folder / "slurm.conf").write_text(config)
+        with open(self.folder / "keeper.log", "ab") as log:
+            self._keeper = subprocess.Popen(
+                [sys.executable, __file__],
+                env=self._environment,
+                cwd=self.folder,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a Ctrl-C in the terminal is not for it
+            )
         try:
-            self._start()
-        except BaseException:
+            _wait(lambda: self._idle_nodes() == 2, timeout=60)
+        except TimeoutError:
+            problem = f"the cluster does not come up\n{self._last_lines()}"
             self.__exit__()
-            raise
+            raise AssertionError(problem) from None
         return self
 
     def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(AssertionError, subprocess.SubprocessError):
-            self.run("scancel", "--user", getpass.getuser())
-            self._wait(lambda: not self.run("squeue", "--noheader"), "the queue does not empty", timeout=30)
-        for daemon in reversed(self._daemons):
-            daemon.terminate()
-            try:
-                daemon.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.close()
+        self._keeper.wait(timeout=120)
 
     def run(self, *command: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
         """What one of SLURM's commands prints; AssertionError with its complaint where it fails."""
@@ -129,54 +136,11 @@ class Cluster:
         number = self.run("sbatch", "--parsable", *arguments, environment=environment, cwd=cwd)
         return Job(self, number, cwd)
 
-    def _start(self) -> None:
-        folder, (host, user) = self.folder, (socket.gethostname().partition(".")[0], getpass.getuser())
-        (folder / "state").mkdir()
-        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, user=user, ports=_free_ports(3)))
-        (folder / "munge.key").write_bytes(os.urandom(1024))
-        (folder / "munge.key").chmod(0o600)
-        munge = [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "log", "seed")]
-        # --force: it does not like that others may write to /tmp, on the way to the folder.
-        self._launch(
-            "munged",
-            "--foreground",
-            "--force",
-            f"--key-file={folder}/munge.key",
-            f"--socket={folder}/munge.sock",
-            *munge,
-        )
-        self._wait(lambda: (folder / "munge.sock").exists(), "munged does not listen", timeout=20)
-        self._launch("slurmctld", "-D")
-        for node in ("127.0.1.1", "127.0.1.2"):
-            self._launch("slurmd", "-D", "-N", node)
-        self._wait(lambda: self._idle_nodes() == 2, "the nodes are not idle", timeout=60)
-
-    def _launch(self, *command: str) -> None:
-        # The kernel ends the daemon when this process is gone, also after a SIGKILL.
-        with open(self.folder / "daemons.log", "ab") as log:
-            self._daemons.append(
-                subprocess.Popen(
-                    ["setpriv", "--pdeathsig", "TERM", *command],
-                    env=self._environment,
-                    cwd=self.folder,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-            )
-
     def _idle_nodes(self) -> int:
         try:
             return self.run("sinfo", "--noheader", "--Node", "--format=%T").split().count("idle")
-        except AssertionError:
+        except (AssertionError, subprocess.TimeoutExpired):
             return 0  # slurmctld does not answer yet
-
-    def _wait(self, condition: Callable[[], bool], problem: str, *, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < deadline, f"{problem} after {timeout:g} s\n{self._last_lines()}"
-            time.sleep(0.2)
 
     def _last_lines(self) -> str:
         logs = [log.read_text(errors="replace").splitlines()[-10:] for log in sorted(self.folder.glob("*.log"))]
@@ -203,11 +167,13 @@ class Job:
 
     def task(self, rank: int) -> int:
         """The process of a rank."""
-        marks = {f"SLURM_JOB_ID={self.number}".encode(), b"SLURM_STEP_ID=0", f"SLURM_PROCID={rank}".encode()}
-        for process in Path("/proc").glob("[0-9]*"):
+        conf = self.cluster.folder / "slurm.conf"
+        marks = {f"SLURM_CONF={conf}", f"SLURM_JOB_ID={self.number}", "SLURM_STEP_ID=0", f"SLURM_PROCID={rank}"}
+        for process in sorted(int(path.name) for path in Path("/proc").glob("[0-9]*")):
             with contextlib.suppress(OSError):  # another user's, or gone meanwhile
-                if marks <= set((process / "environ").read_bytes().split(b"\0")):
-                    return int(process.name)
+                environment = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace")
+                if marks <= set(environment.split("\0")):
+                    return process
         raise AssertionError(f"job {self.number} has no rank {rank} running\n{self.log}")
 
     def wait_until(self, condition: Callable[[], bool], *, timeout: float) -> None:
@@ -227,6 +193,15 @@ class Job:
         return self.state()
 
 
+def _wait(condition: Callable[[], bool], *, timeout: float) -> None:
+    """Returns once the condition holds; TimeoutError where that takes longer than timeout seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.2)
+
+
 def _free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now."""
     with contextlib.ExitStack() as stack:
@@ -234,3 +209,35 @@ def _free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("", 0))
         return [probe.getsockname()[1] for probe in probes]
+
+
+def keep() -> None:
+    """Runs the daemons of the cluster in this folder until standard input ends, then takes everything down."""
+    folder = Path.cwd()
+    (folder / "state").mkdir()
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o600)
+    munge = [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "log", "seed")]
+    # --force: it does not like that others may write to /tmp, on the way to the folder.
+    munge += ["--foreground", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.sock"]
+    daemons = [subprocess.Popen(["munged", *munge], stdin=subprocess.DEVNULL)]
+    with contextlib.suppress(TimeoutError, subprocess.SubprocessError):
+        _wait((folder / "munge.sock").exists, timeout=20)
+        for command in (["slurmctld"], ["slurmd", "-N", "127.0.1.1"], ["slurmd", "-N", "127.0.1.2"]):
+            daemons.append(subprocess.Popen([*command, "-D"], stdin=subprocess.DEVNULL))
+        sys.stdin.read()
+
+        subprocess.run(["scancel", "--user", getpass.getuser()], timeout=60)
+        _wait(lambda: not subprocess.check_output(["squeue", "--noheader"], timeout=60), timeout=60)
+    for daemon in reversed(daemons):  # munged last: without it the others cannot speak to one another
+        daemon.terminate()
+        try:
+            daemon.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    keep()
