@@ -4,6 +4,7 @@ Exit status: 0 done; 75 stopped by a signal, the same command goes on (EX_TEMPFA
 diverged, or a bug of ours, which shows its traceback.
 """
 
+import importlib.util
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megacl.errors import ConfigError, MegaclError
+from megacl.errors import ConfigError, LaunchError, MegaclError
 
 if TYPE_CHECKING:
     from megacl.checkpoint import Checkpoint
@@ -209,6 +210,8 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write.")],
 ) -> None:
     """One self-contained HTML page about one or several runs."""
+    if importlib.util.find_spec("plotly") is None:
+        raise LaunchError("a report needs plotly, which is not installed; run `pip install 'megacl[report]'`.")
     from megacl.report import save_report
 
     save_report(runs, out)

@@ -4,6 +4,7 @@ metrics.jsonl holds one JSON object a line, flushed line by line: a `step` recor
 `evaluation` record for each evaluation (docs/formats.md). Only rank 0 writes; on the others every call does nothing.
 """
 
+import datetime
 import json
 import sys
 import time
@@ -47,6 +48,7 @@ class RunLog:
         self._every_steps = every_steps
         self._file: IO[str] | None = None
         self._progress: Progress | None = None
+        self._first: tuple[int, float] | None = None
         self._console = Console(file=sys.stderr, quiet=not self._writes, highlight=False)
         self._wants_tensorboard = tensorboard
         self._tensorboard: Any = None
@@ -83,9 +85,11 @@ class RunLog:
         """Moves the progress bar; where the terminal is not interactive, prints a line every so many steps."""
         if not self._writes:
             return
+        if self._first is None:
+            self._first = (step, time.monotonic())
         if not self._console.is_terminal:
             if step % self._every_steps == 0 or step == total:
-                self.say(f"step {step}/{total}  {text}")
+                self.say(f"step {step}/{total}  {text}  {self._time_left(step, total)}")
             return
         if self._progress is None:
             columns: list[ProgressColumn] = [
@@ -98,6 +102,14 @@ class RunLog:
             self._progress.add_task(text, total=total, completed=step)
             self._progress.start()
         self._progress.update(self._progress.task_ids[0], completed=step, description=text)
+
+    def _time_left(self, step: int, total: int) -> str:
+        assert self._first is not None
+        first, begun = self._first
+        if step == first:
+            return "time left unknown"
+        seconds = (time.monotonic() - begun) / (step - first) * (total - step)
+        return f"{datetime.timedelta(seconds=round(seconds))} left"
 
     def close(self) -> None:
         """Ends the progress bar and closes the files."""
