@@ -130,24 +130,36 @@ def save_checkpoint(
             if state.optimizer_step:
                 for key in ("exp_avg", "exp_avg_sq"):
                     moments[f"{key}.{name}"] = tensors[key].contiguous()
-    if writes:
-        if path.exists():  # a damaged one that resume passed over
-            shutil.rmtree(path)
-        with publish_folder(path, "a checkpoint") as folder:
-            _save_tensors(weights, folder / "weights.safetensors")
-            if moments:
-                _save_tensors(moments, folder / "optimizer.safetensors")
-            (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n")
-            (folder / "lineage.json").write_text(lineage.dump(), encoding="utf-8")
-            (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
-            tokenizer.save(folder)
-            files = {
-                file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())
-            }
-            manifest = {"format": _FORMAT, "version": _VERSION, "files": files}
-            (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    ranks.barrier()
+    with ranks.together():
+        if writes:
+            _publish(path, weights, moments, state, lineage, config, tokenizer)
     return path
+
+
+def _publish(
+    path: Path,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    state: RunState,
+    lineage: Lineage,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+) -> None:
+    if path.exists():  # a damaged one that resume passed over
+        shutil.rmtree(path)
+    with publish_folder(path, "a checkpoint") as folder:
+        _save_tensors(weights, folder / "weights.safetensors")
+        if moments:
+            _save_tensors(moments, folder / "optimizer.safetensors")
+        (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n")
+        (folder / "lineage.json").write_text(lineage.dump(), encoding="utf-8")
+        (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+        tokenizer.save(folder)
+        files = {
+            file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())
+        }
+        manifest = {"format": _FORMAT, "version": _VERSION, "files": files}
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -4,11 +4,26 @@ A message says what, where and what to do, in one line; the command line prints 
 with exit status 2.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class MegaclError(Exception):
     """Base of the errors that the command line turns into one line."""
 
     exit_status = 2
+    on_every_rank = True
+    """Whether every rank of a run raises it: then rank 0 alone says it."""
+
+
+@contextlib.contextmanager
+def on_this_rank() -> Iterator[None]:
+    """A block, such as reading this rank's part of the data, whose errors other ranks may not have."""
+    try:
+        yield
+    except MegaclError as error:
+        error.on_every_rank = False
+        raise
 
 
 class ConfigError(MegaclError):

@@ -21,7 +21,7 @@ from megacl.data.order import Int64
 from megacl.data.shards import Source
 from megacl.data.stream import open_recorded
 from megacl.engine import Engine
-from megacl.errors import DataError
+from megacl.errors import DataError, on_this_rank
 from megacl.lineage import Lineage
 from megacl.parallel.ranks import Ranks
 
@@ -68,8 +68,9 @@ def evaluate_source(
     nats = 0.0
     for batch in range(batches):
         some = mine[batch * micro_batch_size : (batch + 1) * micro_batch_size]
-        inputs, targets = _windows(source, some, seq_length, micro_batch_size)
-        check_tokens(targets, engine.vocab_size, source)
+        with on_this_rank():
+            inputs, targets = _windows(source, some, seq_length, micro_batch_size)
+            check_tokens(targets, engine.vocab_size, source)
         nats += engine.nats(inputs, targets)
     total = float(ranks.sum(np.array([nats]))[0])
     loss = total / tokens

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megacl.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, open_checkpoint
+from megacl.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
 from megacl.config import RunConfig
 from megacl.configfile import load, to_tree
 from megacl.data.shards import Source, open_source
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.errors import CheckpointError, ConfigError, DataError
 from megacl.lineage import Lineage
-from megacl.log import RunLog
-from megacl.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -60,17 +58,16 @@ class Found:
         return 0 if self.checkpoint is None or self.checkpoint.state.phase_end else self.checkpoint.state.samples
 
 
-def find_run(config: RunConfig, run_dir: Path, ranks: Ranks, log: RunLog, *, resume: bool) -> Found:
-    """What a run directory and `start_from` hold, checked against the configuration. Every rank calls it.
+def find_run(config: RunConfig, run_dir: Path, newest: Path | None, *, resume: bool) -> Found:
+    """What a run directory and `start_from` hold, checked against the configuration.
 
-    Raises ConfigError where the directory holds a run with other settings, DataError where data or tokenizer are not
-    what the run or its model had, CheckpointError where there is nothing to start from.
+    newest: the directory's newest good checkpoint. Raises ConfigError where the directory holds a run with other
+    settings, DataError where data or tokenizer are not what the run or its model had, CheckpointError where there is
+    nothing to start from.
     """
     stored = load([str(run_dir / "config.yaml")]) if (run_dir / "config.yaml").is_file() else None
     if stored is not None and not resume:
         raise CheckpointError(f"{run_dir}: holds a run already; leave out --no-resume, or name another run_dir.")
-    newest = newest_checkpoint(run_dir, log.warn) if ranks.rank == 0 else None
-    newest = ranks.broadcast(newest)
     checkpoint = open_checkpoint(newest) if newest is not None else None
     if stored is not None:
         started = (run_dir / "metrics.jsonl").is_file()

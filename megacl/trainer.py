@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from megacl.checkpoint import RunState, prune_checkpoints, save_checkpoint
+from megacl.checkpoint import RunState, newest_checkpoint, prune_checkpoints, save_checkpoint
 from megacl.config import PhaseConfig, RunConfig
 from megacl.configfile import dump
 from megacl.data.loader import Loader
@@ -29,7 +29,7 @@ from megacl.log import RunLog
 from megacl.model.gpt import build_model, count_parameters, flops_per_token
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
 from megacl.plan import begin_phase, open_phase, plan_phases, schedule_of
-from megacl.publish import publish_text
+from megacl.publish import disk_errors, publish_text
 from megacl.resume import Found, find_run
 
 Outcome = Literal["done", "stopped"]
@@ -50,13 +50,17 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
         run_dir, rank=ranks.rank, every_steps=config.logging.every_steps, tensorboard=config.logging.tensorboard
     )
     try:
-        if ranks.rank == 0:
-            provide_sources(config.tokenizer, config.sources, log.say)
-        ranks.barrier()
-        found = find_run(config, run_dir, ranks, log, resume=resume)
+        newest = None
+        with ranks.together():
+            _check_batches(config, ranks)
+            if ranks.rank == 0:
+                provide_sources(config.tokenizer, config.sources, log.say)
+                newest = newest_checkpoint(run_dir, log.warn)
+        newest = ranks.broadcast(newest)
+        with ranks.together():
+            found = find_run(config, run_dir, newest, resume=resume)
+            _check_ahead(found, log)
         config = found.config
-        _check_batches(config, ranks)
-        _check_ahead(config, found, log)
         model = build_model(config.model, seed=config.seed)
         engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=ranks)
         with _StopSignal() as stop:
@@ -79,9 +83,9 @@ def _check_batches(config: RunConfig, ranks: Ranks) -> None:
             )
 
 
-def _check_ahead(config: RunConfig, found: Found, log: RunLog) -> None:
+def _check_ahead(found: Found, log: RunLog) -> None:
     """Goes through all that is left before anything is written: what would stop phase 3 stops the run now."""
-    lineage = found.lineage
+    config, lineage = found.config, found.lineage
     if found.samples:
         phase, stream = config.phases[found.phase], open_phase(lineage, found.inputs.sources)
         last_lr = schedule_of(config, phase, stream.record.start_lr)(config.steps_of(phase))
@@ -111,9 +115,11 @@ class _Run:
     def train(self) -> Outcome:
         """Loads what there is to go on from, and trains the phases that are left."""
         found, config = self.found, self.config
-        if self.ranks.rank == 0:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            publish_text(self.run_dir / "config.yaml", dump(config), "the configuration")
+        with self.ranks.together():
+            if self.ranks.rank == 0:
+                with disk_errors(self.run_dir, "the run directory"):
+                    self.run_dir.mkdir(parents=True, exist_ok=True)
+                publish_text(self.run_dir / "config.yaml", dump(config), "the configuration")
         self.log.say(self._greeting())
         origin = found.checkpoint or found.parent
         if origin is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from megacl.data.order import Int64
 from megacl.data.shards import Source
 from megacl.data.stream import PhaseStream
-from megacl.errors import ConfigError, DataError
+from megacl.errors import ConfigError, DataError, on_this_rank
 
 _AHEAD = 2
 """Batches read ahead: one being used, one ready, one under way."""
@@ -96,9 +96,10 @@ class Loader:
 
         def read_ahead(first: int) -> None:
             try:
-                while first + self._batch_size <= budget and not stop.is_set():
-                    put(self._read(first))
-                    first += self._batch_size
+                with on_this_rank():
+                    while first + self._batch_size <= budget and not stop.is_set():
+                        put(self._read(first))
+                        first += self._batch_size
             except BaseException as error:  # raised again where the batch is asked for
                 put(error)
 

@@ -8,17 +8,18 @@ Processes come from torchrun, from srun (one task a rank; MASTER_ADDR and MASTER
 does not set them), or there is just one. With one rank there is no process group, and nothing to wait for.
 """
 
+import contextlib
 import datetime
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megacl.errors import LaunchError
+from megacl.errors import LaunchError, MegaclError
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,31 @@ class Ranks:
         box = [obj if self.rank == 0 else None]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that succeeds on all ranks or fails on all, with the first rank's MegaclError; no calls inside it.
+
+        Without it, ranks would wait for one that found something wrong, and die of its silence.
+        """
+        error: MegaclError | None = None
+        try:
+            yield
+        except MegaclError as raised:
+            error = raised
+        first = next((found for found in self._gather(error) if found is not None), None)
+        if first is not None:
+            raise first
+
+    def _gather(self, obj: Any) -> list[Any]:
+        """Each rank's object, by rank, on every rank."""
+        if self.world_size == 1:
+            return [obj]
+        import torch.distributed as dist
+
+        objects = [None] * self.world_size
+        dist.all_gather_object(objects, obj)
+        return objects
 
     def barrier(self) -> None:
         """Returns once every rank has come here."""

@@ -1,0 +1,81 @@
+"""Publishing: a reader sees the old file, the new one, or none; what a disk refuses is one line that names it."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megacl.errors import DataError
+from megacl.publish import disk_errors, publish_bytes, publish_folder, publish_text, sha256_of
+
+
+def test_a_file_is_replaced_as_a_whole_and_nothing_stays_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    publish_text(path, "eins\n", "a file")
+    publish_text(path, "zwei ü\n", "a file")
+    assert path.read_text(encoding="utf-8") == "zwei ü\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+    assert sha256_of(path) == subprocess.run(["sha256sum", path], capture_output=True, text=True).stdout.split()[0]
+
+
+def test_a_folder_appears_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    with publish_folder(tmp_path / "good", "a folder") as folder:
+        (folder / "x").write_text("1")
+        assert not (tmp_path / "good").exists()
+    assert (tmp_path / "good" / "x").read_text() == "1"
+
+    def fail_half_way() -> None:
+        with publish_folder(tmp_path / "bad", "a folder") as folder:
+            (folder / "x").write_text("1")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
+    assert [file.name for file in tmp_path.iterdir()] == ["good"]
+
+
+def test_a_process_killed_while_it_publishes_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "big.bin"
+    path.write_bytes(b"old")
+    code = "import sys; from pathlib import Path; from megacl.publish import publish_bytes\n"
+    code += "while True: publish_bytes(Path(sys.argv[1]), b'new' * 3_000_000, 'a file')"
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)])
+    deadline = time.monotonic() + 30
+    while path.read_bytes() == b"old" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert path.read_bytes() == b"new" * 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOSPC, "no space left on the device"),
+        (errno.EROFS, "the file system is read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.EDQUOT, "the disk quota is used up"),
+    ],
+)
+def test_what_a_disk_refuses_names_the_file_and_the_reason(number: int, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught, disk_errors(tmp_path / "x", "a shard"):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value).startswith(f"{tmp_path / 'x'}: cannot write a shard: {reason}.")
+
+
+def test_an_error_that_is_no_matter_of_the_disk_passes_through(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Connection refused"), disk_errors(tmp_path / "x", "a shard"):
+        raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+
+
+def test_a_full_device_is_named(tmp_path: Path) -> None:
+    link = tmp_path / "full"
+    link.symlink_to("/dev/full")
+    with pytest.raises(DataError, match="no space left"), disk_errors(link, "metrics"), open(link, "wb") as file:
+        file.write(b"x" * 100_000)
+    publish_bytes(tmp_path / "fine", b"x", "a file")
