@@ -265,6 +265,7 @@ class _StopSignal:
     def __enter__(self) -> "_StopSignal":
         for number in (signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # __main__ held it back until here
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -203,6 +203,24 @@ def test_a_signal_from_outside_saves_and_exits_with_75(
     assert checkpoint.state.step == len(metrics(run_dir, "step"))
 
 
+def test_a_signal_that_comes_while_a_run_starts_is_not_lost(prepared: Prepared, tmp_path: Path) -> None:
+    """SIGUSR1 as soon as the process holds it back, long before it has read its configuration."""
+    process = start("train", prepared.config_file(tmp_path / "run"))
+    deadline = time.monotonic() + 30
+    while not blocks_usr1(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert open_checkpoint(find_checkpoint(str(tmp_path / "run"))).state.step == 1
+
+
+def blocks_usr1(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:"))
+    return bool(int(mask, 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
 def wait_for_steps(run_dir: Path, steps: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
