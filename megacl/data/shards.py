@@ -11,7 +11,9 @@ is a flat memory map of that buffer, at an offset that shards.arrow records.
     source.train.gather(starts, length=2049)        # int64 [N, 2049]
 """
 
+import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from megacl.data.manifest import (
     DTypeName,
     ShardRow,
     Split,
+    TokenizerRecord,
     fingerprint_of,
     read_manifest,
     read_rows,
@@ -39,10 +42,8 @@ Tokens = npt.NDArray[Any]
 MAX_SHARD_TOKENS = 2**31 - 1
 """Arrow's lists count in 32 bits."""
 
-_MAX_MAPS = 16384
-"""Memory maps that a stream keeps open: Linux allows a process 65,530 of them in all."""
-
-_REMEDY = "Restore the file from a copy, or prepare the source again."
+_OPEN_SHARDS = 16384
+"""Shards that a process keeps mapped, over all sources: Linux allows it 65,530 maps (vm.max_map_count) in all."""
 
 
 def token_dtype(vocab_size: int) -> DTypeName:
@@ -103,31 +104,51 @@ def _value_buffer(batch: Any) -> Any:
     return batch.column(0).buffers()[3]
 
 
-def _problem(file: Path, row: ShardRow, dtype: DTypeName) -> str | None:
-    """What is wrong with a shard's size or header (not with its tokens), or None."""
+class _BadShardError(Exception):
+    """The message says what is wrong with a shard's file, and `remedy` what to do."""
+
+    def __init__(
+        self, problem: str, remedy: str = "Restore the file from a copy, or prepare the source again."
+    ) -> None:
+        super().__init__(problem)
+        self.remedy = remedy
+
+
+def _map_batch(file: Path, row: ShardRow, dtype: DTypeName) -> Any:
+    """The record batch of a shard, mapped; _BadShardError if its size or header (not its tokens) is not as in its row.
+
+    Its map holds no open file, unlike numpy's: a process may have far fewer files open than maps.
+    """
     try:
-        size = file.stat().st_size
+        mapped = pa.memory_map(str(file))
+    except FileNotFoundError:
+        raise _BadShardError("the shard is missing") from None
     except OSError as error:
-        return f"the shard cannot be opened: {error.strerror}"
-    if size != row.size:
-        return f"the shard has {size} bytes, but shards.arrow says {row.size}; it is truncated or not the same file"
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        remedy = "Look at its permissions and at the process's limits (ulimit -a)."
+        raise _BadShardError(f"the shard cannot be opened: {reason}", remedy) from None
+    with mapped:
+        if mapped.size() != row.size:
+            raise _BadShardError(
+                f"the shard has {mapped.size()} bytes, but shards.arrow says {row.size}; it is truncated or not the "
+                "same file"
+            )
+        content = mapped.read_buffer()
     try:
-        with pa.memory_map(str(file)) as mapped:
-            content = mapped.read_buffer()
-            batch = _only_batch(content)
-            expected = pa.list_(pa.from_numpy_dtype(np.dtype(dtype)))
-            if batch.schema.names != ["tokens"] or batch.schema.types != [expected]:
-                return f"the shard's columns are {batch.schema.names}, not one of type {expected} named tokens"
-            values = _value_buffer(batch)
-            found = (batch.num_rows, len(batch.column(0).values), values.address - content.address)
+        batch = _only_batch(content)
     except (pa.ArrowException, OSError, ValueError) as error:
-        return f"the shard is not readable as an Arrow stream ({str(error).splitlines()[0]})"
+        reason = str(error).splitlines()[0]
+        raise _BadShardError(f"the shard is not readable as an Arrow stream ({reason})") from None
+    expected = pa.list_(pa.from_numpy_dtype(np.dtype(dtype)))
+    if batch.schema.names != ["tokens"] or batch.schema.types != [expected]:
+        raise _BadShardError(f"the shard's columns are {batch.schema.names}, not one of type {expected} named tokens")
+    found = (batch.num_rows, len(batch.column(0).values), _value_buffer(batch).address - content.address)
     if found != (row.documents, row.tokens, row.offset):
-        return (
+        raise _BadShardError(
             f"the shard holds {found[0]} documents and {found[1]} tokens at byte {found[2]}, but shards.arrow says "
             f"{row.documents} and {row.tokens} at {row.offset}"
         )
-    return None
+    return batch
 
 
 class TokenStream:
@@ -145,11 +166,6 @@ class TokenStream:
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
         self.tokens = int(counts.sum())
-        self._maps: dict[int, Tokens] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Memory maps would travel to another process as copies of the data.
-        return TokenStream, (self.folder, self.rows, self.dtype)
 
     def read(self, start: int, length: int) -> Tokens:
         """Tokens [start, start + length): [length], of the shards' own type, read-only; a copy only across shards."""
@@ -173,7 +189,7 @@ class TokenStream:
             result, first.tolist(), local.tolist(), inside.tolist(), strict=True
         ):  # one copy of `length` tokens each, widened on the way
             if whole:
-                row[:] = self._map(shard)[begin : begin + length]
+                row[:] = _open_shard(self, shard)[begin : begin + length]
         for index in np.flatnonzero(~inside).tolist():
             np.concatenate(list(self._parts(int(starts[index]), length, int(first[index]))), out=result[index])
         return result
@@ -188,23 +204,23 @@ class TokenStream:
         """The tokens as one piece a shard that they lie in; `shard` is the one that holds `start`."""
         while length > 0:
             begin = start - int(self._starts[shard])
-            part = self._map(shard)[begin : begin + length]
+            part = _open_shard(self, shard)[begin : begin + length]
             yield part
             start, length, shard = start + len(part), length - len(part), shard + 1
 
-    def _map(self, shard: int) -> Tokens:
-        found = self._maps.get(shard)
-        if found is None:
-            row = self.rows[shard]
-            file = self.folder / row.path
-            if problem := _problem(file, row, self.dtype):
-                raise DataError(f"{file}: {problem}. {_REMEDY}")
-            if len(self._maps) >= _MAX_MAPS:
-                self._maps.clear()
-            mapped = np.memmap(file, self.dtype, mode="r", offset=row.offset, shape=(row.tokens,))
-            # A plain array over the map: slicing np.memmap itself costs ten times as much.
-            found = self._maps[shard] = mapped.view(np.ndarray)
-        return found
+
+# One for the whole process, since the limit is the process's. Keyed by the stream itself, not by its folder's name,
+# where other shards may lie by then; so a stream that was given up stays until newer shards push its own out.
+@functools.lru_cache(maxsize=_OPEN_SHARDS)
+def _open_shard(stream: TokenStream, shard: int) -> Tokens:
+    """The tokens of one of the stream's shards, read-only; DataError if it is damaged or cannot be opened."""
+    row = stream.rows[shard]
+    file = stream.folder / row.path
+    try:
+        batch = _map_batch(file, row, stream.dtype)
+    except _BadShardError as error:
+        raise DataError(f"{file}: {error}. {error.remedy}") from None
+    return np.frombuffer(_value_buffer(batch), stream.dtype, row.tokens)
 
 
 @dataclass(frozen=True)
@@ -281,25 +297,29 @@ def verify_source(
     done, total = 0, sum(row.size for row in rows)
     for row in rows:
         file = folder / row.path
-        problem = _problem(file, row, manifest.dtype) or _damage(file, row, tokenizer.vocab_size, tokenizer.eos_id)
-        if problem:
-            problems.append(f"{file}: {problem}")
+        try:
+            if problem := _damage(file, row, manifest.dtype, tokenizer):
+                problems.append(f"{file}: {problem}")
+        except OSError as error:
+            problems.append(f"{file}: the shard cannot be read: {error.strerror}")
         done += row.size
         if progress:
             progress(done, total)
     return problems
 
 
-def _damage(file: Path, row: ShardRow, vocab_size: int, eos_id: int) -> str | None:
-    """What is wrong with the content of a shard whose size and header are right, or None."""
+def _damage(file: Path, row: ShardRow, dtype: DTypeName, tokenizer: TokenizerRecord) -> str | None:
+    """What is wrong with a shard, every byte of it read, or None."""
+    try:
+        buffers = _map_batch(file, row, dtype).column(0).buffers()
+    except _BadShardError as error:
+        return str(error)
     if sha256_of(file) != row.sha256:
         return "its hash is not the one in shards.arrow; it was changed or damaged"
-    with pa.memory_map(str(file)) as mapped:
-        buffers = _only_batch(mapped.read_buffer()).column(0).buffers()
-        ends = np.frombuffer(buffers[1], np.int32)[1:]
-        values = np.frombuffer(buffers[3], token_dtype(vocab_size))
-        if int(values.max()) >= vocab_size:
-            return f"it holds token {values.max()}, but the vocabulary has {vocab_size} tokens"
-        if not (values[ends - 1] == eos_id).all():
-            return "a document in it does not end with EOS"
+    ends = np.frombuffer(buffers[1], np.int32)[1:]
+    values = np.frombuffer(buffers[3], dtype)
+    if int(values.max()) >= tokenizer.vocab_size:
+        return f"it holds token {values.max()}, but the vocabulary has {tokenizer.vocab_size} tokens"
+    if not (values[ends - 1] == tokenizer.eos_id).all():
+        return "a document in it does not end with EOS"
     return None

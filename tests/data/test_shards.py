@@ -3,6 +3,8 @@
 import hashlib
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -16,6 +18,7 @@ from megacl.data.manifest import Generation, Manifest, TokenizerRecord, fingerpr
 from megacl.data.shards import TokenStream, open_source, token_dtype, verify_source, write_shard
 from megacl.errors import DataError
 
+ROOT = Path(__file__).resolve().parents[2]
 EOS = 2
 VOCABULARY = 2000
 
@@ -165,8 +168,55 @@ def test_opening_a_source_touches_no_shard(tmp_path):
     for shard in tmp_path.glob("*-*.arrow"):
         shard.unlink()
     source = open_source(tmp_path)
-    with pytest.raises(DataError, match=r"train-00000\.arrow: the shard cannot be opened: No such file.*Restore"):
+    with pytest.raises(DataError, match=r"train-00000\.arrow: the shard is missing\. Restore"):
         source.train.read(0, 1)
+
+
+def test_a_source_may_have_more_shards_than_the_process_may_open_files(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    rows = [
+        write_shard(
+            tmp_path / name / f"{index}", [np.array([index, EOS], np.uint32)], "uint32", split="train", text_bytes=1
+        )
+        for name in ("one", "two")
+        for index in range(150)
+    ]
+    (tmp_path / "rows.pickle").write_bytes(pickle.dumps((rows[:150], rows[150:])))
+    script = """
+import pickle, resource, sys, threading
+from pathlib import Path
+import numpy as np
+from megacl.data.shards import TokenStream
+from megacl.errors import DataError
+
+folder = Path(sys.argv[1])
+one, two = pickle.loads((folder / "rows.pickle").read_bytes())
+streams = [TokenStream(folder / "one", one, "uint32"), TokenStream(folder / "two", two, "uint32")]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+right = []
+def read(stream):
+    found = stream.gather(np.arange(0, 300, 2), 2)
+    right.append(found[:, 0].tolist() == list(range(150)) and stream.read(0, 300)[::2].tolist() == list(range(150)))
+threads = [threading.Thread(target=read, args=(stream,)) for stream in streams * 2]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert right == [True] * 4, right
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 64))  # standard input, output and error
+try:
+    TokenStream(folder / "one", one, "uint32").read(0, 1)
+except DataError as error:
+    print(error)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == (
+        f"{tmp_path}/one/0: the shard cannot be opened: Too many open files. "
+        "Look at its permissions and at the process's limits (ulimit -a).\n"
+    )
 
 
 def test_a_generation_that_does_not_exist_is_named(tmp_path):
@@ -236,7 +286,7 @@ def test_verify_names_every_damaged_file(tmp_path):
     problems = verify_source(tmp_path)
     assert len(problems) == 3
     assert "tokenizer.model: it is not the tokenizer" in problems[0]
-    assert "validation-00000.arrow: the shard cannot be opened" in problems[1]
+    assert "validation-00000.arrow: the shard is missing" in problems[1]
     assert "train-00001.arrow: its hash is not the one" in problems[2]
     open_source(tmp_path).train.read(0, 5)  # a flipped token is below what opening looks at
 
@@ -336,7 +386,7 @@ def test_the_fingerprint_depends_on_every_fact_about_a_shards_content(tmp_path_f
 
 def test_the_documented_way_to_read_a_folder_without_megacl_works(tmp_path):
     flat = make_source(tmp_path)
-    page = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text()
+    page = (ROOT / "docs" / "formats.md").read_text()
     names = {"folder": str(tmp_path)}
     exec(page.split("```python\n")[1].split("```")[0], names)
     np.testing.assert_array_equal(np.concatenate(names["shards"]), flat["train"])
