@@ -68,11 +68,11 @@ class Totals:
 
 @dataclass(frozen=True, config=_STRICT)
 class InputFile:
-    """A raw input as it was when it was read: its name as given, its bytes, and when it was last modified (ns)."""
+    """A raw input as it was when it was read: its name as given, its bytes, and a hash that knows it by any name."""
 
     name: str
     size: Count
-    modified_ns: int
+    sample_sha256: str  # of the size and 64 KiB each of its beginning, middle and end
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -28,13 +28,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megacl.data.blocks import Done, Recipe, prepare_blocks
-from megacl.data.documents import BLOCK_BYTES, cut_blocks, find_inputs
+from megacl.data.documents import BLOCK_BYTES, RawFile, cut_blocks, find_inputs
 from megacl.data.manifest import (
     FORMAT,
     MANIFEST,
     VERSION,
     Generation,
-    InputFile,
     Manifest,
     ShardRow,
     TokenizerRecord,
@@ -90,7 +89,8 @@ def prepare(
     default. validation: the part of the documents to hold out, in [0, 1). field: where a line has its text.
     skip_bad: leave out lines without a document, and count them, instead of stopping. workers: processes; by default
     one for each core that this process may use. progress: called with the bytes of input done and in all.
-    block_bytes: input that becomes one shard. A command that has been carried out already does nothing.
+    block_bytes: input that becomes one shard. A command that has been carried out already does nothing; input files are
+    known by their content, under any name.
 
     ConfigError: validation or workers out of range. DataError: the inputs, a line of them, the folder or the disk;
     fewer than 20 held-out documents in the whole folder. LaunchError: a worker was killed. Nothing is published then.
@@ -106,9 +106,9 @@ def prepare(
     with _alone_in(folder):
         manifest = _open_folder(folder, tokenizer, source, validation)
         source = manifest.source if manifest else source or folder.resolve().name
-        if manifest and _holds(folder, manifest, files, field):
+        if manifest and (made := _made_already(folder, manifest, files, field)):
             _clear_work(folder)
-            return _report(manifest, time.monotonic() - begun)
+            return _report(manifest, made, time.monotonic() - begun)
         total = sum(file.size for file in files)
         done = prepare_blocks(
             cut_blocks(files, block_bytes),
@@ -119,7 +119,7 @@ def prepare(
         )
         manifest = _publish(folder, manifest, done, files, recipe, tokenizer, source)
         _clear_work(folder)
-    return _report(manifest, time.monotonic() - begun)
+    return _report(manifest, manifest.generations[-1], time.monotonic() - begun)
 
 
 def _cores() -> int:
@@ -127,20 +127,20 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _report(manifest: Manifest, seconds: float) -> PrepareReport:
-    """What the last generation added."""
-    last = manifest.generations[-1]
+def _report(manifest: Manifest, state: Generation, seconds: float) -> PrepareReport:
+    """What a generation added."""
     zero = Totals(documents=0, tokens=0, text_bytes=0)
-    earlier = [(state.train, state.validation) for state in manifest.generations[:-1]][-1:] or [(zero, zero)]
-    (train, held_out), (train_before, held_out_before) = (last.train, last.validation), earlier[0]
+    before = manifest.generations[state.generation - 2] if state.generation > 1 else None
+    train_before, held_out_before = (before.train, before.validation) if before else (zero, zero)
+    train, held_out = state.train, state.validation
     return PrepareReport(
-        generation=last.generation,
+        generation=state.generation,
         documents=train.documents + held_out.documents - train_before.documents - held_out_before.documents,
         tokens=train.tokens + held_out.tokens - train_before.tokens - held_out_before.tokens,
         text_bytes=train.text_bytes + held_out.text_bytes - train_before.text_bytes - held_out_before.text_bytes,
         held_out=held_out.documents - held_out_before.documents,
-        bad_lines=last.bad_lines,
-        empty_documents=last.empty_documents,
+        bad_lines=state.bad_lines,
+        empty_documents=state.empty_documents,
         seconds=seconds,
     )
 
@@ -198,19 +198,26 @@ def _open_folder(folder: Path, tokenizer: Tokenizer, source: str | None, validat
     return manifest
 
 
-def _holds(folder: Path, manifest: Manifest, files: Sequence[InputFile], field: str) -> bool:
-    """Whether the last generation is what this command would make; DataError if the folder holds some of the files."""
-    last = manifest.generations[-1]
-    if last.inputs == tuple(files) and last.field == field:
-        return True
+def _made_already(folder: Path, manifest: Manifest, files: Sequence[RawFile], field: str) -> Generation | None:
+    """The generation that this command would make, if there is one; DataError if the folder holds some of the files.
+
+    Files are known by their content, so that of a second name, a copy or a new date no document comes in twice.
+    """
+    contents = [file.record.sample_sha256 for file in files]
+    held: dict[str, tuple[int, str]] = {}
     for state in manifest.generations:
-        for file in files:
-            if file in state.inputs:
-                raise DataError(
-                    f"{folder}: generation {state.generation} holds {file.name} already. Leave it out, or name another "
-                    "folder with --out."
-                )
-    return False
+        if field == state.field and contents == [each.sample_sha256 for each in state.inputs]:
+            return state
+        held |= {each.sample_sha256: (state.generation, each.name) for each in state.inputs}
+    for file in files:
+        if file.record.sample_sha256 in held:
+            generation, name = held[file.record.sample_sha256]
+            alias = "" if name == file.name else f", as {name}"
+            raise DataError(
+                f"{folder}: generation {generation} holds {file.name} already{alias}. Leave it out, or name another "
+                "folder with --out."
+            )
+    return None
 
 
 def _clear_work(folder: Path) -> None:
@@ -222,7 +229,7 @@ def _publish(
     folder: Path,
     manifest: Manifest | None,
     done: Sequence[Done],
-    files: Sequence[InputFile],
+    files: Sequence[RawFile],
     recipe: Recipe,
     tokenizer: Tokenizer,
     source: str,
@@ -246,7 +253,7 @@ def _publish(
         train=totals_of(rows, "train"),
         validation=totals_of(rows, "validation"),
         fingerprint=fingerprint_of(tokenizer.fingerprint, dtype, rows),
-        inputs=tuple(files),
+        inputs=tuple(file.record for file in files),
         field=recipe.field,
         bad_lines=bad_lines,
         empty_documents=empty,

@@ -207,13 +207,13 @@ def test_however_the_inputs_are_cut_every_line_is_read_once_in_order(
     folder = tmp_path_factory.mktemp("cut")
     expected = []
     for index, (found, suffix) in enumerate(files):
-        content = lines_of([*found, "last"])[: None if final_newline else -1]
+        content = lines_of([*found, f"last of {index}"])[: None if final_newline else -1]
         file = folder / f"{index}{suffix}"
         if suffix == ".jsonl":
             file.write_bytes(content)
         else:
             compress(file, content)
-        expected += [*found, "last"]
+        expected += [*found, f"last of {index}"]
     blocks = list(cut_blocks(find_inputs([str(folder)]), block_bytes))
     assert [text for block in blocks for segment in block for text in read_segment(segment, "text")] == expected
     assert sum(segment.cost for block in blocks for segment in block) == sum(
@@ -248,6 +248,54 @@ def test_a_command_that_was_carried_out_does_nothing_and_reports_the_same(tmp_pa
     assert {(each.generation, each.documents, each.tokens, each.held_out) for each in reports} == {
         (1, reports[0].documents, reports[0].tokens, reports[0].held_out)
     }
+
+
+def test_a_file_is_known_by_its_content_whatever_its_name_and_date(tmp_path, monkeypatch, raw, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    large = Path("large.jsonl")  # beyond what is hashed whole
+    large.write_bytes(raw.read_bytes())
+    assert large.stat().st_size > 3 * 2**16
+    arguments = {"tokenizer": tokenizer, "out": "out", "validation": 0, "workers": 1}
+    report = prepare(["large.jsonl"], **arguments)
+    before = contents(Path("out"))
+    shutil.copy(large, "copy.jsonl")
+    Path("link.jsonl").symlink_to(large)
+    os.utime(large)
+    for name in ("large.jsonl", "./large.jsonl", f"{tmp_path}/large.jsonl", "link.jsonl", "copy.jsonl"):
+        again = prepare([name], **arguments)
+        assert (again.generation, again.tokens) == (1, report.tokens)
+    Path("more.jsonl").write_text('{"text": "mehr"}\n')
+    with pytest.raises(DataError, match=r"out: generation 1 holds copy\.jsonl already, as large\.jsonl\. Leave it out"):
+        prepare(["more.jsonl", "copy.jsonl"], **arguments)
+    assert contents(Path("out")) == before
+    assert prepare(["more.jsonl"], **arguments).generation == 2
+    assert prepare(["copy.jsonl"], **arguments).tokens == report.tokens  # the first command once more
+    assert open_source("out").generation == 2
+
+
+def test_an_input_is_recorded_by_the_documented_sample_of_its_content(tmp_path, raw, tokenizer):
+    small = tmp_path / "small.jsonl"
+    small.write_text('{"text": "eins"}\n')
+    prepare([str(raw), str(small)], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=1)
+    recorded = json.loads((tmp_path / "out" / "manifest.json").read_text())["generations"][0]["inputs"]
+    for file, record in zip((raw, small), recorded, strict=True):
+        content = file.read_bytes()
+        pieces = [content[max(0, start) :][:65536] for start in (0, (len(content) - 65536) // 2, len(content) - 65536)]
+        sample = hashlib.sha256(b"%d\n" % len(content) + b"".join(pieces)).hexdigest()
+        assert record == {"name": str(file), "size": len(content), "sample_sha256": sample}
+
+
+def test_what_an_interrupted_command_has_done_is_found_under_another_name(tmp_path, raw, tokenizer):
+    bad, first = tmp_path / "bad.jsonl", tmp_path / "first.jsonl"
+    bad.write_bytes(b"{broken\n")
+    shutil.copy2(raw, first)
+    arguments = {"tokenizer": tokenizer, "out": tmp_path / "out", "validation": 0, "workers": 1, "block_bytes": BLOCK}
+    with pytest.raises(DataError, match=r"bad\.jsonl:1"):
+        prepare([str(first), str(bad)], **arguments)
+    kept = {file.stat().st_ino for file in (tmp_path / "out/.prepare").glob("*.arrow")}
+    first.rename(tmp_path / "renamed.jsonl")
+    prepare([str(tmp_path / "renamed.jsonl")], **arguments)
+    assert len(kept & {file.stat().st_ino for file in (tmp_path / "out").glob("train-*")}) == len(kept) >= 3
 
 
 def test_what_cannot_join_a_folder_is_named(tmp_path, raw, texts, tokenizer):
@@ -500,6 +548,7 @@ BAD_INPUTS = [
     (["folder"], r"the folder holds no file that ends with \.jsonl"),
     (["notes.txt"], "not a form that can be read"),
     (["good.jsonl", "./good.jsonl"], "given twice, the first time as good.jsonl"),
+    (["good.jsonl", "copy.jsonl"], "its content is given twice, the first time as good.jsonl"),
     (["cut.jsonl.gz"], r"cannot be decompressed \(it ends in the middle\)"),
     (["cut.jsonl.zst"], r"cannot be decompressed \(it ends in the middle\)"),
     (["false.jsonl.gz"], "cannot be decompressed"),
@@ -508,7 +557,7 @@ BAD_INPUTS = [
 ]
 
 
-@pytest.mark.parametrize(("inputs", "message"), BAD_INPUTS, ids=[each[0][0] for each in BAD_INPUTS])
+@pytest.mark.parametrize(("inputs", "message"), BAD_INPUTS, ids=[" ".join(each[0]) for each in BAD_INPUTS])
 def test_an_input_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch, texts, tokenizer, inputs, message):
     monkeypatch.chdir(tmp_path)
     good = lines_of(texts[:30])
@@ -516,6 +565,7 @@ def test_an_input_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch
         Path(name).touch()
     Path("folder").mkdir()
     Path("good.jsonl").write_bytes(good)
+    Path("copy.jsonl").write_bytes(good)
     Path("blank.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
     for suffix in ("gz", "zst"):
         whole = compress(Path(f"cut.jsonl.{suffix}"), good).read_bytes()
