@@ -1,10 +1,10 @@
 """Raw documents: JSON lines, plain or compressed with gzip or zstd, cut into blocks that workers read on their own.
 
-An input is a .jsonl, .jsonl.gz or .jsonl.zst file, or a folder that is searched for these in the order of their
-names. A line is one document: a JSON object with the text in one field; blank lines are passed over. A block is about
-`block_bytes` of consecutive input, over several files where they are small. Of a plain file a block carries byte
-positions only, and a line belongs to the block in which it begins; a compressed file cannot be entered in the middle,
-so its blocks carry the decompressed lines. How inputs are cut depends on the inputs and block_bytes alone.
+An input is a .jsonl, .jsonl.gz or .jsonl.zst file, or a folder that is searched for these, links followed, in the
+order of their names. A line is one document: a JSON object with the text in one field; blank lines are passed over. A
+block is about `block_bytes` of consecutive input, over several files where they are small. Of a plain file a block
+carries byte positions only, and a line belongs to the block in which it begins; a compressed file cannot be entered in
+the middle, so its blocks carry the decompressed lines. How inputs are cut depends on the inputs and block_bytes alone.
 """
 
 import gzip
@@ -12,10 +12,10 @@ import hashlib
 import io
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import zstandard
 
@@ -74,22 +74,30 @@ class Segment:
 Block = tuple[Segment, ...]
 
 
-def find_inputs(inputs: Sequence[str]) -> list[RawFile]:
-    """The files that the inputs name, in order.
+@dataclass(frozen=True)
+class Inputs:
+    """What the inputs of a command name: the files to read, in order, and those of other kinds in their folders."""
 
-    DataError: one is missing, empty, unreadable, of an unknown form, or has the content of another one.
+    files: tuple[RawFile, ...]
+    passed_over: tuple[str, ...]
+
+
+def find_inputs(inputs: Sequence[str]) -> Inputs:
+    """The files that the inputs name, links and folders behind links included.
+
+    DataError: one is missing, empty, unreadable, of an unknown form, or has the content of another one; a folder has a
+    link to nothing in it, or a folder that cannot be read.
     """
     names: list[str] = []
+    passed_over: list[str] = []
     for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            found = sorted(str(file) for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+        if stat.S_ISDIR(_stat(name).st_mode):
+            found, others = _search(name)
             if not found:
                 raise DataError(f"{name}: the folder holds no file that ends with {', '.join(SUFFIXES)}.")
             names += found
-        elif not path.exists():
-            raise DataError(f"{name}: no such file or folder. Check the name.")
-        elif not path.name.endswith(SUFFIXES):
+            passed_over += others
+        elif not name.endswith(SUFFIXES):
             raise DataError(
                 f"{name}: not a form that can be read; a file of documents ends with {', '.join(SUFFIXES)}: "
                 'one JSON object a line, such as {"text": "..."}.'
@@ -101,10 +109,45 @@ def find_inputs(inputs: Sequence[str]) -> list[RawFile]:
         file = _describe(name)
         if (first := files.setdefault(file.record.sample_sha256, file)) is not file:
             raise DataError(f"{name}: its content is given twice, the first time as {first.name}. Leave one out.")
-    return list(files.values())
+    return Inputs(tuple(files.values()), tuple(passed_over))
+
+
+def _search(folder: str) -> tuple[list[str], list[str]]:
+    """The files of documents in a folder and in those below it, in the order of their names, and the other files."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: the folder cannot be read: {error.strerror}. Mend it, or move it away.")
+
+    found: list[str] = []
+    others: list[str] = []
+    visited: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        facts = _stat(place)
+        if (facts.st_dev, facts.st_ino) in visited:  # a link leads here once more, perhaps in a circle
+            folders.clear()
+            continue
+        visited.add((facts.st_dev, facts.st_ino))
+        folders.sort()
+        for name in (os.path.join(place, each) for each in names):
+            _stat(name)
+            (found if name.endswith(SUFFIXES) else others).append(name)
+    return sorted(found), sorted(others)
+
+
+def _stat(name: str) -> os.stat_result:
+    try:
+        return os.stat(name)
+    except OSError as error:
+        if os.path.islink(name):
+            raise DataError(f"{name}: a link that leads nowhere ({error.strerror}). Mend or remove the link.") from None
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"{name}: no such file or folder. Check the name.") from None
+        raise DataError(f"{name}: cannot be read: {error.strerror}.") from None
 
 
 def _describe(name: str) -> RawFile:
+    if not stat.S_ISREG(_stat(name).st_mode):
+        raise DataError(f"{name}: not a file but a pipe or a device. Write its content to a file and give that.")
     try:
         with open(name, "rb") as file:
             facts = os.fstat(file.fileno())
@@ -238,7 +281,7 @@ def read_segment(segment: Segment, field: str, skip_bad: bool = False) -> Iterat
 
 def read_documents(inputs: Sequence[str], field: str = "text") -> Iterator[str]:
     """The text of every document of the inputs, in order. DataError as for find_inputs and read_segment."""
-    for block in cut_blocks(find_inputs(inputs)):
+    for block in cut_blocks(find_inputs(inputs).files):
         for segment in block:
             yield from filter(None, read_segment(segment, field))
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megacl.data.blocks import Done, Recipe, prepare_blocks
-from megacl.data.documents import BLOCK_BYTES, RawFile, cut_blocks, find_inputs
+from megacl.data.documents import BLOCK_BYTES, Inputs, RawFile, cut_blocks, find_inputs
 from megacl.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -67,6 +67,7 @@ class PrepareReport:
     held_out: int
     bad_lines: int
     empty_documents: int
+    passed_over: tuple[str, ...]  # the files of other kinds in the folders that were searched
     seconds: float
 
 
@@ -85,7 +86,8 @@ def prepare(
 ) -> PrepareReport:
     """Tokenizes raw documents into a data folder, as a new generation if the folder has one already.
 
-    inputs: .jsonl, .jsonl.gz, .jsonl.zst files and folders of these. source: a name for the data; the folder's by
+    inputs: .jsonl, .jsonl.gz, .jsonl.zst files and folders of these, in which files of other kinds are
+    passed over and named in the report. source: a name for the data; the folder's by
     default. validation: the part of the documents to hold out, in [0, 1). field: where a line has its text.
     skip_bad: leave out lines without a document, and count them, instead of stopping. workers: processes; by default
     one for each core that this process may use. progress: called with the bytes of input done and in all.
@@ -101,14 +103,15 @@ def prepare(
     if workers is not None and workers < 1:
         raise ConfigError(f"workers is {workers}; it must be 1 or more. It is the number of processes.")
     folder = Path(out)
-    files = find_inputs(inputs)
+    found = find_inputs(inputs)
+    files = found.files
     recipe = Recipe(tokenizer.file, tokenizer.fingerprint, validation, field, skip_bad)
     with _alone_in(folder):
         manifest = _open_folder(folder, tokenizer, source, validation)
         source = manifest.source if manifest else source or folder.resolve().name
         if manifest and (made := _made_already(folder, manifest, files, field)):
             _clear_work(folder)
-            return _report(manifest, made, time.monotonic() - begun)
+            return _report(manifest, made, found, time.monotonic() - begun)
         total = sum(file.size for file in files)
         done = prepare_blocks(
             cut_blocks(files, block_bytes),
@@ -119,7 +122,7 @@ def prepare(
         )
         manifest = _publish(folder, manifest, done, files, recipe, tokenizer, source)
         _clear_work(folder)
-    return _report(manifest, manifest.generations[-1], time.monotonic() - begun)
+    return _report(manifest, manifest.generations[-1], found, time.monotonic() - begun)
 
 
 def _cores() -> int:
@@ -127,7 +130,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _report(manifest: Manifest, state: Generation, seconds: float) -> PrepareReport:
+def _report(manifest: Manifest, state: Generation, found: Inputs, seconds: float) -> PrepareReport:
     """What a generation added."""
     zero = Totals(documents=0, tokens=0, text_bytes=0)
     before = manifest.generations[state.generation - 2] if state.generation > 1 else None
@@ -141,6 +144,7 @@ def _report(manifest: Manifest, state: Generation, seconds: float) -> PrepareRep
         held_out=held_out.documents - held_out_before.documents,
         bad_lines=state.bad_lines,
         empty_documents=state.empty_documents,
+        passed_over=found.passed_over,
         seconds=seconds,
     )
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -129,11 +130,65 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path, texts, toke
     compress(tmp_path / "raw" / "b" / "2.jsonl.zst", lines_of(texts[30:60]))
     write_lines(tmp_path / "raw" / "a.jsonl", texts[:30])
     (tmp_path / "raw" / "README.md").write_text("no input")
-    prepare([str(tmp_path / "raw")], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=1)
+    report = prepare([str(tmp_path / "raw")], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=1)
     source = open_source(tmp_path / "out")
     assert tokens_of(source)[0] == expected_tokens(texts, tokenizer, 0)[0]
     assert len(source.train.rows) == 1  # small files share a block
+    assert report.passed_over == (str(tmp_path / "raw" / "README.md"),)
     assert source.validation.tokens == 0
+
+
+def test_a_folder_is_searched_behind_links_and_every_folder_once(tmp_path):
+    raw, elsewhere = tmp_path / "raw", tmp_path / "elsewhere"
+    (raw / "b").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    write_lines(raw / "a.jsonl", ["a"])
+    write_lines(raw / "b" / "x.jsonl", ["b"])
+    write_lines(elsewhere / "deep" / "x.jsonl", ["c"])
+    write_lines(elsewhere / "d.jsonl", ["d"])
+    (raw / "c").symlink_to(elsewhere)
+    (raw / "z").symlink_to(elsewhere)
+    (raw / "b" / "circle").symlink_to(raw)
+    (raw / "e.jsonl").symlink_to(write_lines(tmp_path / "e.jsonl", ["e"]))
+    for name in ("UP.JSONL", "c/notes.txt"):
+        (raw / name).touch()
+    found = find_inputs([str(raw)])
+    names = ["a.jsonl", "b/x.jsonl", "c/d.jsonl", "c/deep/x.jsonl", "e.jsonl"]
+    assert [file.name for file in found.files] == [str(raw / name) for name in names]
+    assert found.passed_over == (str(raw / "UP.JSONL"), str(raw / "c/notes.txt"))
+
+
+def test_a_folder_with_something_that_cannot_be_read_in_it_is_refused(tmp_path):
+    write_lines(tmp_path / "a.jsonl", ["a"])
+    link = tmp_path / "b"
+    for target, reason in (("absent", "No such file or directory"), ("b", "Too many levels of symbolic links")):
+        link.symlink_to(target)
+        with pytest.raises(DataError, match=rf"/b: a link that leads nowhere \({reason}\)\. Mend or remove the link"):
+            find_inputs([str(tmp_path)])
+        link.unlink()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl: not a file but a pipe"):
+        find_inputs([str(tmp_path)])
+
+
+def test_a_folder_that_may_not_be_read_is_named():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        closed = Path(folder) / "sub" / "closed"
+        closed.mkdir(parents=True)
+        write_lines(Path(folder) / "a.jsonl", ["a"])
+        user = os.geteuid()
+        closed.chmod(0)
+        try:
+            if user == 0:
+                os.seteuid(65534)  # to root nothing is closed
+            with pytest.raises(DataError, match="sub/closed: the folder cannot be read: Permission denied"):
+                find_inputs([folder])
+            with pytest.raises(DataError, match=r"closed/x\.jsonl: cannot be read: Permission denied"):
+                find_inputs([str(closed / "x.jsonl")])
+        finally:
+            os.seteuid(user)
+            closed.chmod(0o755)
 
 
 def test_every_tokenizer_holds_out_the_same_documents(tmp_path, raw, texts, tokenizer):
@@ -214,7 +269,7 @@ def test_however_the_inputs_are_cut_every_line_is_read_once_in_order(
         else:
             compress(file, content)
         expected += [*found, f"last of {index}"]
-    blocks = list(cut_blocks(find_inputs([str(folder)]), block_bytes))
+    blocks = list(cut_blocks(find_inputs([str(folder)]).files, block_bytes))
     assert [text for block in blocks for segment in block for text in read_segment(segment, "text")] == expected
     assert sum(segment.cost for block in blocks for segment in block) == sum(
         file.stat().st_size for file in folder.iterdir()
