@@ -29,7 +29,7 @@ from megacl.config import RunConfig
 from megacl.configfile import dump, load
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.engine import Engine
-from megacl.errors import CheckpointError
+from megacl.errors import CheckpointError, DivergedError
 from megacl.lineage import Lineage, load_lineage
 from megacl.parallel.ranks import Ranks
 from megacl.publish import publish_folder, sha256_of
@@ -117,7 +117,8 @@ def save_checkpoint(
 ) -> Path:
     """Publishes RUN/checkpoints/step-N. Every rank calls it; rank 0 writes. Returns the checkpoint's folder.
 
-    Raises DataError where the disk refuses; what was there before stays untouched.
+    Raises DataError where the disk refuses, DivergedError where a weight is not finite; what was there before stays
+    untouched.
     """
     path = run_dir / "checkpoints" / f"step-{state.step:08d}"
     state = dataclasses.replace(state, optimizer_step=engine.optimizer_step, loss_scale=engine.loss_scale)
@@ -145,6 +146,12 @@ def _publish(
     config: RunConfig,
     tokenizer: Tokenizer,
 ) -> None:
+    broken = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if broken is not None:
+        raise DivergedError(
+            f"step {state.step}: the weights {broken} are not finite, and no checkpoint was made of them; "
+            "lower max_lr in a new run_dir."
+        )
     if path.exists():  # a damaged one that resume passed over
         shutil.rmtree(path)
     with publish_folder(path, "a checkpoint") as folder:
@@ -172,14 +179,33 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None  # what it was underneath
 
 
-def prune_checkpoints(run_dir: Path, keep_last: int | None) -> None:
-    """Deletes all but the newest `keep_last` checkpoints inside phases; ends of phases stay. None keeps everything."""
+def prune_checkpoints(run_dir: Path, newest: Path, keep_last: int | None) -> None:
+    """Deletes all but `newest` and the keep_last - 1 before it of the checkpoints inside phases; ends of phases stay.
+
+    What lies beyond `newest` or cannot be read is damaged, was passed over, and is left to its owner. None for
+    keep_last keeps everything.
+    """
     if keep_last is None:
         return
-    inside = [path for path in list_checkpoints(run_dir) if not _read_state(path).phase_end]
+    so_far = [path for path in list_checkpoints(run_dir) if _step_of(path) <= _step_of(newest)]
+    inside = [path for path in so_far if _ends_phase(path) is False]
     for path in inside[:-keep_last]:
         (path / "manifest.json").unlink()  # from here on it is no checkpoint any more, whenever we are killed
         shutil.rmtree(path)
+
+
+def _ends_phase(path: Path) -> bool | None:
+    """Whether a checkpoint stands at a phase's end; None where it cannot be read."""
+    try:
+        return _read_state(path).phase_end
+    except CheckpointError:
+        return None
+
+
+def sweep_unfinished(run_dir: Path) -> None:
+    """Deletes what saves that were killed have left beside the checkpoints. Only for who is alone in `run_dir`."""
+    for left in (run_dir / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(left)
 
 
 # ---------------------------------------------------------------------------------------------- finding
@@ -223,17 +249,25 @@ def _file_problem(path: Path, size: int, sha256: str) -> str | None:
 
 
 def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies, or None where there is none; damaged ones are named through `warn`."""
-    for path in reversed(list_checkpoints(run_dir)):
+    """The newest checkpoint that verifies, or None where there is none; damaged ones are named through `warn`.
+
+    Raises CheckpointError where there are some, and none of them verifies: to begin anew would destroy them.
+    """
+    known = list_checkpoints(run_dir)
+    for path in reversed(known):
         problems = verify_checkpoint(path)
         if not problems:
             return path
         warn(f"passing over a damaged checkpoint: {problems[0]}")
+    if known:
+        raise CheckpointError(
+            f"{run_dir}: has {len(known)} checkpoints, and every one is damaged; restore one, or name another run_dir."
+        )
     return None
 
 
 def find_checkpoint(reference: str) -> Path:
-    """The checkpoint that RUN (its newest), RUN@PHASE (that phase's end), RUN@STEP or a checkpoint's folder names.
+    """The checkpoint that RUN (its newest good one), RUN@PHASE (that phase's end), RUN@STEP or a folder names.
 
     It is verified. Raises CheckpointError where there is none, or where it is damaged.
     """
@@ -242,11 +276,11 @@ def find_checkpoint(reference: str) -> Path:
         run, _, place = reference.rpartition("@")
         path = _at_place(Path(run), place)
     elif not (path / "manifest.json").is_file():
-        known = list_checkpoints(path)
-        if not known:
+        newest = newest_checkpoint(path, warn=lambda line: None)
+        if newest is None:
             why = "holds no checkpoint" if path.is_dir() else "no such run or checkpoint"
             raise CheckpointError(f"{reference}: {why}; name a run directory, RUN@PHASE, RUN@STEP or a checkpoint.")
-        path = known[-1]
+        return newest
     problems = verify_checkpoint(path)
     if problems:
         raise CheckpointError(f"{problems[0]}; this checkpoint is damaged, use another one (RUN@STEP).")
@@ -257,18 +291,17 @@ def _at_place(run_dir: Path, place: str) -> Path:
     known = list_checkpoints(run_dir)
     if not known:
         raise CheckpointError(f"{run_dir}: holds no checkpoint, so there is none at {place!r}.")
+    ended = [open_checkpoint(path) for path in known if _ends_phase(path)]
+    ends = {checkpoint.lineage.phases[-1].name: checkpoint.path for checkpoint in ended}
+    if place in ends:
+        return ends[place]
     if place.isdigit():
         for path in known:
             if _step_of(path) == int(place):
                 return path
         steps = ", ".join(str(_step_of(path)) for path in known)
         raise CheckpointError(f"{run_dir}: has no checkpoint at step {place}; it has {steps}.")
-    ends = {open_checkpoint(path).lineage.phases[-1].name: path for path in known if _read_state(path).phase_end}
-    if place not in ends:
-        raise CheckpointError(
-            f"{run_dir}: no checkpoint ends a phase {place!r}; finished: {', '.join(ends) or 'none'}."
-        )
-    return ends[place]
+    raise CheckpointError(f"{run_dir}: no checkpoint ends a phase {place!r}; finished: {', '.join(ends) or 'none'}.")
 
 
 def _read_state(path: Path) -> RunState:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megacl.errors import ConfigError, LaunchError, MegaclError
+from megacl.errors import ConfigError, DataError, LaunchError, MegaclError
 
 if TYPE_CHECKING:
     from megacl.checkpoint import Checkpoint
@@ -51,19 +51,23 @@ def prepare(
     from megacl.data.prepare import prepare as prepare_documents
     from megacl.data.tokenizer import load_tokenizer
 
-    with Progress(transient=True) as progress:
-        task = progress.add_task(f"preparing {out}", total=None)
-        report = prepare_documents(
-            inputs,
-            tokenizer=load_tokenizer(tokenizer),
-            out=out,
-            source=source,
-            validation=validation,
-            field=field,
-            skip_bad=skip_bad,
-            workers=workers,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    try:
+        with Progress(transient=True) as progress:
+            task = progress.add_task(f"preparing {out}", total=None)
+            report = prepare_documents(
+                inputs,
+                tokenizer=load_tokenizer(tokenizer),
+                out=out,
+                source=source,
+                validation=validation,
+                field=field,
+                skip_bad=skip_bad,
+                workers=workers,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is left", file=sys.stderr)
+        _leave(128 + signal.SIGINT)
     print(
         f"{out}: generation {report.generation}, {report.documents:,} documents ({report.held_out:,} held out), "
         f"{report.tokens:,} tokens, {report.text_bytes:,} bytes of text, {report.seconds:.1f} s"
@@ -81,8 +85,8 @@ def train(
     """Train a run: its phases one after another. The same command goes on after an interruption."""
     from megacl.configfile import load
 
-    files = [argument for argument in config if "=" not in argument]
-    run = load(files, [argument for argument in config if "=" in argument])
+    files = [argument for argument in config if "=" not in argument or Path(argument).is_file()]
+    run = load(files, [argument for argument in config if argument not in files])
     if dry_run:
         from megacl.plan import plan_text
 
@@ -101,7 +105,7 @@ def evaluate(
     data: Annotated[
         list[str] | None, typer.Option(help="Data folders; by default all that the model has seen.")
     ] = None,
-    seq_length: Annotated[int | None, typer.Option(help="Tokens of context; by default as in training.")] = None,
+    seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens of context; by default as in training.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Loss, perplexity and bits per byte on held-out documents, per source; for a run also what it forgot."""
@@ -111,7 +115,9 @@ def evaluate(
     from megacl.evaluate import evaluate_sources, sources_of, table_text
 
     checkpoint, engine, ranks = _open_model(model)
-    named = {source.name: source for source in (open_source(folder) for folder in data or [])}
+    opened = [open_source(folder) for folder in data or []]
+    names = [source.name for source in opened]
+    named = {source.name if names.count(source.name) == 1 else str(source.path): source for source in opened}
     sources, problems = (named, []) if data else sources_of(checkpoint.lineage, {})
     for problem in problems:
         print(f"warning: not evaluated: {problem}", file=sys.stderr)
@@ -126,6 +132,8 @@ def evaluate(
         seq_length=seq_length or checkpoint.config.seq_length,
         micro_batch_size=checkpoint.config.evaluation.micro_batch_size,
     )
+    if not results:
+        raise DataError(f"{model}: there are no held-out documents to evaluate on; name data folders that have some.")
     if ranks.rank != 0:
         return
     if json_output:
@@ -184,11 +192,13 @@ def sample(
     tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the k likeliest only.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32, help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Text out of any checkpoint."""
     from megacl.sample import sample as sample_text
 
+    if not prompt.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
+        raise ConfigError("--prompt is not text in the terminal's encoding; give it as UTF-8.")
     checkpoint, engine, ranks = _open_model(model)
     text = sample_text(
         engine,
@@ -268,6 +278,3 @@ def main() -> None:
         if first or not error.on_every_rank:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what was saved", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)

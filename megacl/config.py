@@ -27,7 +27,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 # ---------------------------------------------------------------------------------------------- lengths
 
-_LENGTH = re.compile(r"(?P<number>\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(?P<unit>steps?|tokens?|%)")
+_LENGTH = re.compile(r"(?P<number>\d+(?:\.\d*)?(?:[eE][+-]?\d{1,2})?)\s*(?P<unit>steps?|tokens?|%)")
 
 
 def _check_length(text: Any) -> str:
@@ -39,15 +39,15 @@ def _check_length(text: Any) -> str:
 Length = Annotated[str, BeforeValidator(_check_length)]
 
 
-def length_in_steps(length: str, *, phase_steps: int, tokens_per_step: int) -> int:
-    """A length as whole optimizer steps of a phase, rounded up: "100 steps", "2e9 tokens", "1%" of the phase."""
+def length_in_steps(length: str, *, phase_steps: int, tokens_per_step: int) -> Fraction:
+    """A length in optimizer steps of a phase, exactly: "100 steps", "2e9 tokens", "1%" of the phase."""
     match = _LENGTH.fullmatch(length)
     assert match is not None, "checked when the configuration was loaded"
     number = Fraction(match["number"])
     unit = match["unit"]
     if unit == "%":
-        return math.ceil(number * phase_steps / 100)
-    return math.ceil(number / tokens_per_step) if unit.startswith("token") else math.ceil(number)
+        return number * phase_steps / 100
+    return number / tokens_per_step if unit.startswith("token") else number
 
 
 # ---------------------------------------------------------------------------------------------- schedules
@@ -67,6 +67,21 @@ class _Schedule:
     def keeps_optimizer_state(self) -> bool:
         """Whether the moments of the last phase are of use: not where the rate rises again (arXiv 2403.08763)."""
         return False
+
+    def parts(self, *, phase_steps: int, tokens_per_step: int) -> dict[str, int]:
+        """The lengths of warmup, cooldown, decay and anneal, those that this kind has, in whole optimizer steps.
+
+        Each is rounded up; where they fit their phase exactly and no more fit it rounded, the longest gives way.
+        """
+        exact = {
+            key: length_in_steps(getattr(self, key), phase_steps=phase_steps, tokens_per_step=tokens_per_step)
+            for key in ("warmup", "cooldown", "decay", "anneal")
+            if hasattr(self, key)
+        }
+        parts = {key: math.ceil(length) for key, length in exact.items()}
+        if sum(exact.values()) <= phase_steps < sum(parts.values()):
+            parts[max(parts, key=lambda key: parts[key])] -= sum(parts.values()) - phase_steps
+        return parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +153,7 @@ class InfiniteSchedule(_Schedule):
     kind: Literal["infinite"]
     max_lr: Rate | Literal["last"]
     constant_lr: Rate | Literal["last"]
-    min_lr: Floor | None = None
+    min_lr: Rate | None = None
     """The rate at the end of an anneal; a tenth of constant_lr if null."""
     cooldown: Length = "60%"
     shape: Literal["cosine", "inverse_sqrt"] = "cosine"
@@ -199,6 +214,11 @@ class SourceConfig:
     documents: tuple[str, ...] | None = None
     """Raw documents to prepare first where `path` does not exist yet."""
     validation: Annotated[float, Field(ge=0, lt=1, description="the part of the documents that is held out")] = 0.01
+
+
+def share_of(share: float) -> Fraction:
+    """The fraction that a decimal spells, 0.05 -> 1/20, to nine digits."""
+    return Fraction(repr(share)).limit_denominator(10**9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,6 +394,8 @@ class RunConfig:
             raise ConfigError(
                 f"{where}.name is {phase.name!r}, as that of phases[{earlier.index(phase.name)}]; name it differently."
             )
+        if phase.name == "before":
+            raise ConfigError(f"{where}.name is 'before', which stands for a run's start in every table; rename it.")
         if not phase.mixture:
             raise ConfigError(f"{where}.mixture is empty; it must name at least one source and its weight.")
         replayed = (phase.replay.from_sources or {}) if phase.replay else {}
@@ -401,11 +423,7 @@ class RunConfig:
     def _check_schedule(self, where: str, phase: PhaseConfig, *, first: bool) -> None:
         schedule = phase.schedule
         steps, per_step = self.steps_of(phase), self.tokens_per_step(phase)
-        parts = {
-            key: length_in_steps(getattr(schedule, key), phase_steps=steps, tokens_per_step=per_step)
-            for key in ("warmup", "cooldown", "decay", "anneal")
-            if hasattr(schedule, key)
-        }
+        parts = schedule.parts(phase_steps=steps, tokens_per_step=per_step)
         if sum(parts.values()) > steps:
             spelled = " + ".join(f"{key} {length}" for key, length in parts.items())
             raise ConfigError(
@@ -423,8 +441,12 @@ class RunConfig:
                 raise ConfigError(f"{where}.{lower} is {low}; it must not exceed {upper}, {high}.")
         if isinstance(schedule, InverseSqrtSchedule) and not parts["warmup"]:
             raise ConfigError(f"{where}.warmup is {schedule.warmup!r}; inverse_sqrt needs at least one step of it.")
+        if isinstance(schedule, _Decay) and (parts["warmup"] == steps or parts.get("decay") == 0):
+            raise ConfigError(f"{where} has no step left to decay in: the phase has {steps}; shorten the warm-up.")
 
     def _check_replay(self, where: str, replay: ReplayConfig, earlier: list[str]) -> None:
+        if replay.share and share_of(replay.share) in (0, 1):
+            raise ConfigError(f"{where}.share is {replay.share}; it must not have more than nine digits.")
         if replay.from_ and replay.from_sources:
             raise ConfigError(f"{where} has both from and from_sources; replay either earlier phases or named sources.")
         if self.start_from is None and not replay.from_sources:

@@ -28,21 +28,26 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, with two changes: 3e-4 is a number, and a key that stands twice is an error."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf|\.nan)$"
-    ),
-    list("-+0123456789."),
+class _Dumper(yaml.SafeDumper):
+    """Writes what _Loader reads: it quotes text that would be read as a number, "3e-4" for one."""
+
+
+_FLOAT = re.compile(
+    r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf|\.nan)$"
 )
+for _side in (_Loader, _Dumper):
+    _side.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key, _ in node.value:
+        if key.tag in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:null"):
+            key.tag = "tag:yaml.org,2002:str"  # keys are names: a source may be called no, or 2024
+    keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
     for key in keys:
         if keys.count(key) > 1:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
@@ -160,7 +165,7 @@ def to_tree(config: Any) -> dict[str, Any]:
 
 def dump(config: RunConfig) -> str:
     """The configuration as YAML, every setting spelled out; `load` of it gives the same configuration back."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 # ---------------------------------------------------------------------------------------------- what went wrong
@@ -231,7 +236,7 @@ def _check_value(value: Any, hint: Any, path: str) -> None:
         sections = _sections(hint)
         if len(sections) > 1:
             by_kind = {typing.get_args(_settings(section)["kind"])[0]: section for section in sections}
-            sections = [by_kind[value["kind"]]] if value.get("kind") in by_kind else []
+            sections = [by_kind[str(value["kind"])]] if str(value.get("kind")) in by_kind else []
         if sections:
             _check_keys(value, sections[0], f"{path}.")
         elif (element := _element(hint, dict)) is not None:

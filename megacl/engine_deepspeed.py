@@ -66,6 +66,8 @@ def initialize(
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+        raise LaunchError("engine.precision is fp16, which DeepSpeed does not run on this device; use fp32 or bf16.")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,

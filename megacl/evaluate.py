@@ -108,7 +108,7 @@ def evaluate_sources(
     micro_batch_size: int,
     sequences: int | None = None,
 ) -> dict[str, SourceLoss]:
-    """`evaluate_source` for each source that has held-out documents."""
+    """`evaluate_source` for each source that has held-out documents, by name; the others are left out."""
     return {
         name: evaluate_source(
             engine, ranks, source, seq_length=seq_length, micro_batch_size=micro_batch_size, sequences=sequences

@@ -37,8 +37,10 @@ class SourceRecord:
     share: float = 0.0
     """weight as a part of one, for the reader's eye."""
     tokens: int = 0
+    tokens_before: int = 0
+    """Tokens that earlier phases had read from the same folder, in any cut, order and generation."""
     epochs: float = 0.0
-    """How often, over all phases so far, the source has been read from end to end (in this cut and order)."""
+    """tokens_before + tokens, as a part of what there is to read: above 1, something was read twice."""
 
 
 @dataclass(frozen=True, kw_only=True)

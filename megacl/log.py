@@ -6,6 +6,7 @@ metrics.jsonl holds one JSON object a line, flushed line by line: a `step` recor
 
 import datetime
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -25,17 +26,26 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     Raises CheckpointError, naming file and line, where any other line is not a JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            if not (isinstance(record, dict) and isinstance(record.get("step", 0), int)):
+                raise ValueError(line)
         except ValueError:
             if number == len(lines):
                 return
-            raise CheckpointError(f"{path}: line {number} is not JSON; take that line out to go on.") from None
+            raise CheckpointError(f"{path}: line {number} is not a record; take that line out to go on.") from None
         yield record
+
+
+def _finite(value: Any) -> Any:
+    """The value with null in place of every number that is not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunLog:
@@ -56,8 +66,13 @@ class RunLog:
     def keep_until(self, step: int) -> None:
         """Forgets the records after `step`: what an interrupted run did after its last checkpoint is done again."""
         if self._writes and self._path.exists():
-            kept = [record for record in read_metrics(self._path) if record["step"] <= step]
+            kept = [record for record in read_metrics(self._path) if record.get("step", 0) <= step]
             publish_text(self._path, "".join(json.dumps(record) + "\n" for record in kept), "metrics")
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an evaluation at `step` has been recorded; False on ranks that do not write."""
+        records = read_metrics(self._path) if self._writes else ()
+        return any(record["kind"] == "evaluation" and record["step"] == step for record in records)
 
     def record(self, kind: str, **values: Any) -> None:
         """Appends a record; a number in it that is not finite is written as null."""
@@ -67,11 +82,11 @@ class RunLog:
             if self._file is None:
                 self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
                 self._tensorboard = _open_tensorboard(self._path.parent) if self._wants_tensorboard else None
-            line = json.dumps({"kind": kind, **values, "time": time.time()}, allow_nan=False)
+            line = json.dumps(_finite({"kind": kind, **values, "time": time.time()}))
             self._file.write(line + "\n")
             self._file.flush()
         if self._tensorboard is not None:
-            _to_tensorboard(self._tensorboard, kind, values)
+            _to_tensorboard(self._tensorboard, kind, _finite(values))
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
@@ -136,4 +151,5 @@ def _to_tensorboard(writer: Any, kind: str, values: dict[str, Any]) -> None:
                 writer.add_scalar(f"train/{name}", values[name], values["step"])
     elif kind == "evaluation":
         for source, result in values["sources"].items():
-            writer.add_scalar(f"loss/{source}", result["loss"], values["step"])
+            if result["loss"] is not None:
+                writer.add_scalar(f"loss/{source}", result["loss"], values["step"])

@@ -7,15 +7,17 @@ for index, stream, after in plan_phases(config, lineage, sources):     # each ph
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megacl.checkpoint import find_checkpoint, open_checkpoint
-from megacl.config import PhaseConfig, RunConfig
+from megacl.checkpoint import newest_checkpoint
+from megacl.config import PhaseConfig, RunConfig, share_of
 from megacl.configfile import to_tree
 from megacl.data.mixture import integer_weights
-from megacl.data.replay import share_of
-from megacl.data.shards import Source, open_source
+from megacl.data.provide import missing_sources
+from megacl.data.shards import Source
 from megacl.data.stream import PhaseStream, open_recorded, plan_phase
+from megacl.errors import ConfigError
 from megacl.lineage import Lineage, PhaseRecord
 from megacl.model.gpt import count_parameters, flops_per_token
+from megacl.resume import Found, find_run
 from megacl.schedules import Schedule, build_schedule
 
 
@@ -53,49 +55,83 @@ def open_phase(lineage: Lineage, sources: Mapping[str, Source]) -> PhaseStream:
     return PhaseStream(lineage, lambda record: open_recorded(record, sources.values()))
 
 
-def plan_phases(
-    config: RunConfig, lineage: Lineage, sources: Mapping[str, Source], *, first: int = 0
-) -> Iterator[tuple[int, PhaseStream, Lineage]]:
-    """(index, samples, lineage after it) of each phase from `first` on, all of which begin after `lineage`.
+def plan_phases(found: Found) -> Iterator[tuple[int, PhaseStream, Lineage]]:
+    """(index, samples, lineage after it) of each phase that is left, the one that is under way included.
 
     Going through it finds what would stop the run at a later phase: names that are taken, sources that are too small,
     replays of what was not seen, history whose data is gone.
     """
-    for index in range(first, len(config.phases)):
+    config, lineage, sources = found.config, found.lineage, found.inputs.sources
+    for index in range(found.phase, len(config.phases)):
         phase = config.phases[index]
-        lineage = lineage.with_phase(begin_phase(config, index, lineage, sources))
+        if index > found.phase or not found.samples:
+            lineage = lineage.with_phase(begin_phase(config, index, lineage, sources))
         stream = open_phase(lineage, sources)
         last_lr = schedule_of(config, phase, stream.record.start_lr)(config.steps_of(phase))
         lineage = lineage.with_phase(stream.seen(stream.record.budget_samples, last_lr))
         yield index, stream, lineage
 
 
+def notices(phase: PhaseConfig, stream: PhaseStream) -> list[str]:
+    """What a user should know of a phase, a line each: what is read twice, and weights that had to be rounded."""
+    lines = stream.repeats()
+    for weights in (phase.mixture, (phase.replay.from_ or phase.replay.from_sources or {}) if phase.replay else {}):
+        whole, total = integer_weights(weights) if weights else {}, sum(weights.values())
+        for name, weight in whole.items():
+            share, asked = weight / sum(whole.values()), weights[name] / total
+            if abs(share / asked - 1) > 0.01:
+                lines.append(
+                    f"phase {phase.name!r}: {name!r} gets {share:.3g} of the samples, not the {asked:.3g} asked for"
+                )
+    return lines
+
+
+def check_batches(config: RunConfig, world_size: int) -> None:
+    """Raises ConfigError where a phase's batch cannot be dealt out to the ranks in whole micro batches."""
+    micro = config.engine.micro_batch_size
+    for index, phase in enumerate(config.phases):
+        batch = config.batch_size_of(phase)
+        if batch % (world_size * (micro or 1)):
+            times = f" x engine.micro_batch_size, {micro}" if micro else ""
+            raise ConfigError(
+                f"global_batch_size of phases[{index}] is {batch}; it must be a multiple of the number of ranks, "
+                f"{world_size}{times}."
+            )
+
+
 def plan_text(config: RunConfig) -> Iterator[str]:
     """Lines on the model, then on each phase: tokens, steps, exact shares, epochs, and the rate at its corners.
 
-    What depends on data that is not prepared yet is left out, and said to be. Raises as training itself would where
-    the configuration does not fit data that is there.
+    Raises as the start of training would, on one rank. What depends on data that is not prepared yet is left out.
     """
-    parameters = count_parameters(config.model)
-    yield f"run {config.run_dir}: {config.model.form}, {parameters:,} parameters, seed {config.seed}"
-    lineage = Lineage()
-    if config.start_from is not None:
-        parent = open_checkpoint(find_checkpoint(config.start_from))
-        lineage = parent.lineage
-        yield f"goes on from {parent.path}: {len(lineage.phases)} phases, {lineage.tokens:,} tokens"
-    missing = [
-        name
-        for name, source in config.sources.items()
-        if source.documents is not None and not (Path(source.path) / "manifest.json").exists()
-    ]
+    yield (
+        f"run {config.run_dir}: {config.model.form}, {count_parameters(config.model):,} parameters, seed {config.seed}"
+    )
+    check_batches(config, 1)
+    missing = missing_sources(config.sources)
     for name in missing:
         yield f"source {name}: not prepared yet; training prepares it first"
-    reading: list[list[str]] = [[] for _ in config.phases]
+    reading: dict[int, list[str]] = {}
+    last_lr, begin = 0.0, 0
     if not missing:
-        sources = {name: open_source(source.path, source.generation) for name, source in config.sources.items()}
-        for index, stream, after in plan_phases(config, lineage, sources):
-            reading[index] = [*_reading(after.phases[-1]), *(f"warning: {line}" for line in stream.repeats())]
-    last_lr = lineage.phases[-1].last_lr if lineage.phases else 0.0
+        warnings: list[str] = []
+        newest = newest_checkpoint(Path(config.run_dir), warnings.append)
+        found = find_run(config, Path(config.run_dir), newest, resume=True)
+        config, begin = found.config, found.phase
+        last_lr = found.lineage.phases[-1].last_lr if found.lineage.phases else 0.0
+        yield from (f"warning: {line}" for line in warnings)
+        if found.lineage.phases:
+            origin = found.checkpoint or found.parent
+            assert origin is not None
+            yield f"goes on from {origin.path}: {len(found.lineage.phases)} phases, {found.lineage.tokens:,} tokens"
+        for index, stream, after in plan_phases(found):
+            record = after.phases[-1]
+            reading[index] = [
+                *_reading(record),
+                *(f"warning: {line}" for line in notices(config.phases[index], stream)),
+            ]
+            if index == begin:
+                last_lr = record.start_lr
     total = flops = 0
     for index, phase in enumerate(config.phases):
         steps, seq_length = config.steps_of(phase), config.seq_length_of(phase)
@@ -103,8 +139,10 @@ def plan_text(config: RunConfig) -> Iterator[str]:
         total, flops = total + tokens, flops + tokens * flops_per_token(config.model, seq_length)
         yield (
             f"phases[{index}] {phase.name}: {tokens:,} tokens = {steps:,} steps x "
-            f"{config.batch_size_of(phase)} sequences x {seq_length}"
+            f"{config.batch_size_of(phase)} sequences x {seq_length}{', done' if index < begin else ''}"
         )
+        if index < begin:
+            continue
         yield from (f"  {line}" for line in _shares(phase))
         schedule = schedule_of(config, phase, last_lr)
         highest = max(schedule(k) for k in range(1, steps + 1, max(1, steps // 100_000)))
@@ -113,7 +151,7 @@ def plan_text(config: RunConfig) -> Iterator[str]:
             f"  schedule {phase.schedule.kind}: {schedule(1):.4g} at the first update, {highest:.4g} at the highest, "
             f"{last_lr:.4g} at the last"
         )
-        yield from (f"  {line}" for line in reading[index])
+        yield from (f"  {line}" for line in reading.get(index, []))
     yield f"{total:,} tokens, {config.total_steps:,} steps, {flops:.3g} FLOPs in all"
 
 

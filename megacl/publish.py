@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -27,9 +28,7 @@ def disk_errors(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _DISK.get(error.errno or 0)
-        if reason is None:
-            raise
+        reason = _DISK.get(error.errno or 0) or (error.strerror or str(error)).lower()
         raise DataError(
             f"{path}: cannot write {what}: {reason}. Nothing was published; make room and run again."
         ) from None
@@ -70,6 +69,8 @@ def publish_folder(path: Path, what: str) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path, what):
         try:
+            if beside.exists():  # of a process that was killed and had our number, as in a container
+                shutil.rmtree(beside)
             beside.mkdir(parents=True)
             yield beside
             for file in beside.rglob("*"):
@@ -82,6 +83,28 @@ def publish_folder(path: Path, what: str) -> Iterator[Path]:
         finally:
             if beside.exists():
                 shutil.rmtree(beside)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, who: str) -> Iterator[None]:
+    """Makes the folder, and keeps others who call this out of it; DataError where one is there, naming it as `who`.
+
+    The lock is the kernel's (flock): it ends with the process. Some network file systems have none; nothing is kept
+    out there.
+    """
+    with disk_errors(folder, "a folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: {who} is at work there; wait for it, or stop it.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

@@ -65,10 +65,12 @@ def find_run(config: RunConfig, run_dir: Path, newest: Path | None, *, resume: b
     settings, DataError where data or tokenizer are not what the run or its model had, CheckpointError where there is
     nothing to start from.
     """
-    stored = load([str(run_dir / "config.yaml")]) if (run_dir / "config.yaml").is_file() else None
+    checkpoint = open_checkpoint(newest) if newest is not None else None
+    stored = checkpoint.config if checkpoint else None
+    if (run_dir / "config.yaml").is_file():
+        stored = load([str(run_dir / "config.yaml")])
     if stored is not None and not resume:
         raise CheckpointError(f"{run_dir}: holds a run already; leave out --no-resume, or name another run_dir.")
-    checkpoint = open_checkpoint(newest) if newest is not None else None
     if stored is not None:
         started = (run_dir / "metrics.jsonl").is_file()
         begun = checkpoint.state.phase + 1 if checkpoint else int(started)

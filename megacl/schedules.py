@@ -20,8 +20,8 @@ from megacl.config import (
     RexSchedule,
     ScheduleConfig,
     WarmupStableDecaySchedule,
-    length_in_steps,
 )
+from megacl.errors import ConfigError
 
 Schedule = Callable[[int], float]
 
@@ -137,15 +137,13 @@ def build_schedule(config: ScheduleConfig, *, steps: int, tokens_per_step: int, 
 
     steps: T, the phase's optimizer steps. tokens_per_step: turns lengths given in tokens into steps. last_lr: the rate
     at which the last phase ended, 0.0 for a model's first phase: a warm-up begins there, and it is what "last" means.
-    The function raises ValueError for k outside 1..steps.
+    The function raises ValueError for k outside 1..steps. Raises ConfigError where a rate that is "last" turns out to
+    be 0, or does not stand in order with the others.
     """
-
-    def in_steps(length: str) -> int:
-        return length_in_steps(length, phase_steps=steps, tokens_per_step=tokens_per_step)
-
-    rising = in_steps(config.warmup)
-    max_lr = last_lr if config.max_lr == "last" else config.max_lr
-    after = _after_warmup(config, steps, rising, max_lr, last_lr, in_steps)
+    parts = config.parts(phase_steps=steps, tokens_per_step=tokens_per_step)
+    rising = parts["warmup"]
+    max_lr = _rate(config.max_lr, last_lr)
+    after = _after_warmup(config, steps, parts, max_lr, last_lr)
 
     def schedule(k: int) -> float:
         if not 1 <= k <= steps:
@@ -157,19 +155,26 @@ def build_schedule(config: ScheduleConfig, *, steps: int, tokens_per_step: int, 
     return schedule
 
 
-def _after_warmup(
-    config: ScheduleConfig, steps: int, rising: int, max_lr: float, last_lr: float, in_steps: Callable[[str], int]
-) -> Schedule:
-    """The part of a schedule that follows its warm-up of `rising` steps."""
+def _rate(rate: float | str, last_lr: float) -> float:
+    if isinstance(rate, float):
+        return rate
+    if last_lr == 0.0:
+        raise ConfigError('a schedule goes on with the "last" rate, and the phase before ended at 0; give a number.')
+    return last_lr
+
+
+def _after_warmup(config: ScheduleConfig, steps: int, parts: dict[str, int], max_lr: float, last_lr: float) -> Schedule:
+    """The part of a schedule that follows its warm-up."""
+    rising = parts["warmup"]
     match config:
         case ConstantSchedule():
             return lambda k: max_lr
         case InverseSqrtSchedule():
             return lambda k: inverse_sqrt(k, max_lr=max_lr, warmup=rising)
         case InfiniteSchedule():
-            constant_lr = last_lr if config.constant_lr == "last" else config.constant_lr
-            return _infinite(config, steps, rising, max_lr, constant_lr, in_steps)
+            return _infinite(config, steps, parts, max_lr, _rate(config.constant_lr, last_lr))
     min_lr = 0.1 * max_lr if config.min_lr is None else config.min_lr
+    _check_order(max_lr, min_lr, "min_lr")
     match config:
         case LinearSchedule():
             return lambda k: linear((k - rising) / (steps - rising), max_lr=max_lr, min_lr=min_lr)
@@ -178,27 +183,29 @@ def _after_warmup(
         case RexSchedule():
             return lambda k: rex((k - rising) / (steps - rising), max_lr=max_lr, min_lr=min_lr, d=config.d)
         case WarmupStableDecaySchedule():
-            falling = in_steps(config.decay)
+            falling = parts["decay"]
             shape = linear if config.shape == "linear" else one_minus_sqrt
             return lambda k: (
                 max_lr if k <= steps - falling else shape(1 - (steps - k) / falling, max_lr=max_lr, min_lr=min_lr)
             )
 
 
+def _check_order(high: float, low: float, name: str) -> None:
+    if low > high:
+        raise ConfigError(f'a schedule\'s {name} is {low:g}, above the "last" rate that it is to fall from, {high:g}.')
+
+
 def _infinite(
-    config: InfiniteSchedule,
-    steps: int,
-    rising: int,
-    max_lr: float,
-    constant_lr: float,
-    in_steps: Callable[[str], int],
+    config: InfiniteSchedule, steps: int, parts: dict[str, int], max_lr: float, constant_lr: float
 ) -> Schedule:
     """Cool-down to constant_lr, constant, and at the phase's end an anneal where one is asked for.
 
     Source: Ibrahim et al. 2024, arXiv 2403.08763, sec. 7.
     """
     min_lr = 0.1 * constant_lr if config.min_lr is None else config.min_lr
-    cooling, annealing = in_steps(config.cooldown), in_steps(config.anneal)
+    rising, cooling, annealing = parts["warmup"], parts["cooldown"], parts["anneal"]
+    _check_order(max_lr, constant_lr, "constant_lr")
+    _check_order(constant_lr, min_lr, "min_lr")
 
     def after(k: int) -> float:
         if k <= rising + cooling:

@@ -7,29 +7,30 @@ lineage.json, checkpoints/step-N/. Running the same configuration again goes on 
 and the result is the one of an undisturbed run.
 """
 
+import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from megacl.checkpoint import RunState, newest_checkpoint, prune_checkpoints, save_checkpoint
+from megacl.checkpoint import RunState, newest_checkpoint, prune_checkpoints, save_checkpoint, sweep_unfinished
 from megacl.config import PhaseConfig, RunConfig
 from megacl.configfile import dump
 from megacl.data.loader import Loader
-from megacl.data.provide import provide_sources
+from megacl.data.provide import missing_sources, provide_sources
 from megacl.engine import Engine, build_engine
-from megacl.errors import ConfigError, DivergedError
+from megacl.errors import DataError, DivergedError
 from megacl.evaluate import evaluate_sources, sources_of
 from megacl.kernels import chosen as kernels_chosen
 from megacl.lineage import save_lineage
 from megacl.log import RunLog
 from megacl.model.gpt import build_model, count_parameters, flops_per_token
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
-from megacl.plan import begin_phase, open_phase, plan_phases, schedule_of
-from megacl.publish import disk_errors, publish_text
+from megacl.plan import begin_phase, check_batches, notices, open_phase, plan_phases, schedule_of
+from megacl.publish import alone_in, publish_text
 from megacl.resume import Found, find_run
 
 Outcome = Literal["done", "stopped"]
@@ -50,50 +51,48 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
         run_dir, rank=ranks.rank, every_steps=config.logging.every_steps, tensorboard=config.logging.tensorboard
     )
     try:
-        newest = None
-        with ranks.together():
-            _check_batches(config, ranks)
-            if ranks.rank == 0:
-                provide_sources(config.tokenizer, config.sources, log.say)
-                newest = newest_checkpoint(run_dir, log.warn)
-        newest = ranks.broadcast(newest)
-        with ranks.together():
-            found = find_run(config, run_dir, newest, resume=resume)
-            _check_ahead(found, log)
-        config = found.config
-        model = build_model(config.model, seed=config.seed)
-        engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=ranks)
-        with _StopSignal() as stop:
+        with _StopSignal() as stop, contextlib.ExitStack() as until_the_end:
+            newest = None
+            with ranks.together():
+                check_batches(config, ranks.world_size)
+                _provide(config, ranks, log, stop)
+                if ranks.rank == 0:
+                    if run_dir.exists():  # one that is not there yet is made, and locked, where nothing stops the run
+                        until_the_end.enter_context(alone_in(run_dir, "another run"))
+                    newest = newest_checkpoint(run_dir, log.warn)
+            newest = ranks.broadcast(newest)
+            with ranks.together():
+                found = find_run(config, run_dir, newest, resume=resume)
+                for index, stream, _ in plan_phases(found):  # what would stop phase 3 stops the run before it writes
+                    for line in notices(found.config.phases[index], stream):
+                        log.warn(line)
+            model = build_model(found.config.model, seed=config.seed)
+            engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=ranks)
+            with ranks.together():
+                if ranks.rank == 0:
+                    if not run_dir.exists():
+                        until_the_end.enter_context(alone_in(run_dir, "another run"))
+                    sweep_unfinished(run_dir)
+                    publish_text(run_dir / "config.yaml", dump(found.config), "the configuration")
             return _Run(found, run_dir, ranks, log, engine, stop).train()
+    except _ToldToStop:
+        log.say("told to stop while data was prepared; the same command goes on with what is left")
+        return "stopped"
     finally:
         log.close()
         stop_ranks()
 
 
-def _check_batches(config: RunConfig, ranks: Ranks) -> None:
-    """Raises ConfigError where a phase's batch cannot be dealt out to the ranks in whole micro batches."""
-    micro = config.engine.micro_batch_size
-    for index, phase in enumerate(config.phases):
-        batch = config.batch_size_of(phase)
-        if batch % (ranks.world_size * (micro or 1)):
-            times = f" x engine.micro_batch_size, {micro}" if micro else ""
-            raise ConfigError(
-                f"global_batch_size of phases[{index}] is {batch}; it must be a multiple of the number of ranks, "
-                f"{ranks.world_size}{times}."
-            )
-
-
-def _check_ahead(found: Found, log: RunLog) -> None:
-    """Goes through all that is left before anything is written: what would stop phase 3 stops the run now."""
-    config, lineage = found.config, found.lineage
-    if found.samples:
-        phase, stream = config.phases[found.phase], open_phase(lineage, found.inputs.sources)
-        last_lr = schedule_of(config, phase, stream.record.start_lr)(config.steps_of(phase))
-        lineage = lineage.with_phase(stream.seen(stream.record.budget_samples, last_lr))
-    first = found.phase + 1 if found.samples else found.phase
-    for _, stream, _ in plan_phases(config, lineage, found.inputs.sources, first=first):
-        for line in stream.repeats():
-            log.warn(line)
+def _provide(config: RunConfig, ranks: Ranks, log: RunLog, stop: "_StopSignal") -> None:
+    """Makes the sources that are not there yet, on one rank alone: it may take hours, and others would wait."""
+    if ranks.world_size == 1:
+        with stop.at_once():
+            provide_sources(config.tokenizer, config.sources, log.say)
+    elif missing := missing_sources(config.sources):
+        raise DataError(
+            f"source {missing[0]!r} is not prepared, and one rank would keep {ranks.world_size - 1} waiting; "
+            "run `megacl prepare` first, or this command on one rank until it trains."
+        )
 
 
 class _Run:
@@ -111,28 +110,34 @@ class _Run:
         self.evaluated, problems = sources_of(self.lineage, self.inputs.sources)
         for problem in problems:
             log.warn(f"not evaluated: {problem}")
+        if not any(source.validation.tokens for source in self.evaluated.values()):
+            log.warn("no source has held-out documents: nothing is evaluated")
 
     def train(self) -> Outcome:
         """Loads what there is to go on from, and trains the phases that are left."""
-        found, config = self.found, self.config
-        with self.ranks.together():
-            if self.ranks.rank == 0:
-                with disk_errors(self.run_dir, "the run directory"):
-                    self.run_dir.mkdir(parents=True, exist_ok=True)
-                publish_text(self.run_dir / "config.yaml", dump(config), "the configuration")
+        found, phases = self.found, self.config.phases
         self.log.say(self._greeting())
         origin = found.checkpoint or found.parent
         if origin is not None:
             self.engine.import_state(
                 origin.load_state(), optimizer_step=origin.state.optimizer_step, loss_scale=origin.state.loss_scale
             )
-        self.log.keep_until(self.step if found.checkpoint else -1)
+        with self.ranks.together():
+            self.log.keep_until(self.step if found.checkpoint else -1)
+            self._publish_lineage()
         if found.checkpoint is None:
-            self._evaluate(config.phases[0].name, "start")
-        for index in range(found.phase, len(config.phases)):
+            self._evaluate(phases[0].name, "start")
+        elif not self.ranks.any(self.log.has_evaluation(self.step)):
+            # The save comes first, so a run that was stopped or killed then owes the evaluation of that step.
+            self._evaluate_if_due(phases[found.checkpoint.state.phase], ended=found.checkpoint.state.phase_end)
+        for index in range(found.phase, len(phases)):
             if self._train_phase(index, found.samples if index == found.phase else 0) == "stopped":
                 return "stopped"
         return "done"
+
+    def _publish_lineage(self) -> None:
+        if self.ranks.rank == 0:
+            save_lineage(self.lineage, self.run_dir)
 
     def _greeting(self) -> str:
         config = self.config
@@ -149,6 +154,8 @@ class _Run:
             if record.optimizer_state == "reset":
                 self.engine.reset_optimizer()
             self.lineage = self.lineage.with_phase(record)
+            with self.ranks.together():
+                self._publish_lineage()
         batch_size, steps = config.batch_size_of(phase), config.steps_of(phase)
         stream = open_phase(self.lineage, self.inputs.sources)
         loader = Loader(
@@ -167,14 +174,13 @@ class _Run:
             self._step(phase, batch.tokens, lr, samples=samples, tokens_seen=before + samples * stream.seq_length)
             self.lineage = self.lineage.with_phase(stream.seen(samples, lr))
             ended = samples == steps * batch_size
-            if ended or _due(self.step, config.evaluation.every_steps):
-                self._evaluate(phase.name, "end" if ended else "interval")
             told_to_stop = self.ranks.any(self.stop.received)
             if ended or told_to_stop or _due(self.step, config.checkpoint.every_steps):
                 self._save(RunState(step=self.step, phase=index, samples=samples, phase_end=ended))
-            if told_to_stop and not (ended and index + 1 == len(config.phases)):
+            if told_to_stop:
                 self.log.say(f"told to stop: saved at step {self.step}; the same command goes on from there")
                 return "stopped"
+            self._evaluate_if_due(phase, ended=ended)
         return "done"
 
     def _step(self, phase: PhaseConfig, tokens: Any, lr: float, *, samples: int, tokens_seen: int) -> None:
@@ -212,6 +218,10 @@ class _Run:
         text = f"{phase.name}  loss {result.loss:.4f}  lr {lr:.3g}  {rate:,.0f} tokens/s  {flops / 1e9:,.1f} GFLOP/s"
         self.log.progress(self.step, config.total_steps, text)
 
+    def _evaluate_if_due(self, phase: PhaseConfig, *, ended: bool) -> None:
+        if ended or _due(self.step, self.config.evaluation.every_steps):
+            self._evaluate(phase.name, "end" if ended else "interval")
+
     def _evaluate(self, phase: str, at: str) -> None:
         evaluation = self.config.evaluation
         results = evaluate_sources(
@@ -230,8 +240,9 @@ class _Run:
             at=at,
             sources={name: result.record() for name, result in results.items()},
         )
-        losses = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
-        self.log.say(f"held-out loss at step {self.step}: {losses}")
+        if results:
+            losses = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
+            self.log.say(f"held-out loss at step {self.step}: {losses}")
 
     def _save(self, state: RunState) -> None:
         self.last_good = save_checkpoint(
@@ -243,27 +254,49 @@ class _Run:
             config=self.config,
             tokenizer=self.inputs.tokenizer,
         )
-        if self.ranks.rank == 0:
-            save_lineage(self.lineage, self.run_dir)
-            prune_checkpoints(self.run_dir, self.config.checkpoint.keep_last)
+        with self.ranks.together():
+            self._publish_lineage()
+            if self.ranks.rank == 0:
+                prune_checkpoints(self.run_dir, self.last_good, self.config.checkpoint.keep_last)
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+class _ToldToStop(BaseException):
+    """Raised by a signal where there is nothing to save; not an Exception, so that nothing takes it for an error."""
+
+
 class _StopSignal:
-    """Notes SIGTERM and SIGUSR1 while it is entered: the run saves after the step that is under way, and ends."""
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C while it is entered: the run saves after the step under way, and ends.
+
+    A second Ctrl-C ends it at once, without saving.
+    """
 
     def __init__(self) -> None:
         self.received = False
+        self._at_once = False
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._at_once:
+            raise _ToldToStop
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that a signal ends where it stands, by _ToldToStop."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def __enter__(self) -> "_StopSignal":
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # __main__ held it back until here
         return self

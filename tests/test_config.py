@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacl.config import length_in_steps
 from megacl.configfile import dump, from_tree, load, load_tree
 from megacl.errors import ConfigError
 from megacl.plan import schedule_of
@@ -39,6 +38,7 @@ def test_the_resolved_configuration_is_itself_a_configuration(base: str, tmp_pat
     assert load([str(again)]) == config
 
 
+@settings(deadline=None)
 @given(st.floats(1e-12, 1e3), st.integers(1, 10**15))
 def test_numbers_come_back_from_the_file_to_the_last_bit(rate: float, steps: int) -> None:
     tree = yaml.safe_load(BASE)
@@ -111,6 +111,15 @@ def test_what_follows_from_a_setting_is_derived(base: str) -> None:
             "global_batch_size of phases[0] is 8; it must be a multiple of engine.micro_batch",
         ),
         ("phases[0].schedule.max_lr=.inf", "phases[0].schedule.max_lr is inf; it must be a finite number"),
+        ("phases[0].schedule.kind=[1]", "phases[0].schedule.kind is [1]; it must be one of constant"),
+        ("phases[0].schedule.warmup=1e999999999 steps", "it must be a length such as"),
+        ("phases[0].schedule.warmup=100%", "phases[0].schedule has no step left to decay in: the phase has 100"),
+        ("phases[1].schedule.decay=0 steps", "phases[1].schedule has no step left to decay in"),
+        ("phases[1].replay.share=0.99999999999", "it must not have more than nine digits"),
+        (
+            "phases[0].schedule={kind: infinite, max_lr: 1, constant_lr: 1, min_lr: 0}",
+            "min_lr is 0; it must be greater",
+        ),
         ("phases=[]", "phases is empty"),
         ("phases=3", "phases is 3; it must be a list."),
         ("model=3", "model is 3; it must be a mapping of settings."),
@@ -171,6 +180,37 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: str, 
     assert str(path) in str(caught.value)
 
 
+def test_names_that_look_like_numbers_or_truth_values_come_back_as_they_were(base: str, tmp_path: Path) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text("run_dir: '3e-4'\nsources:\n  no: {path: '1e5'}\n  2024: {path: 'on'}\n")
+    config = load([base, str(over)])
+    assert list(config.sources) == ["a", "b", "no", "2024"]
+    assert (config.run_dir, config.sources["no"].path, config.sources["2024"].path) == ("3e-4", "1e5", "on")
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load([str(again)]) == config
+
+
+# YAML keeps no other line ends than its own, and no control characters; a path has neither.
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=8))
+def test_any_text_comes_back_from_the_file(text: str) -> None:
+    tree = yaml.safe_load(BASE)
+    tree["phases"][1]["tokens"], tree["phases"][0]["schedule"]["max_lr"] = 200_000, 3e-4
+    tree["phases"][1]["schedule"]["max_lr"] = 3e-4
+    tree["sources"]["a"]["path"] = text
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(dump(from_tree(tree)))
+        file.flush()
+        assert load([file.name]).sources["a"].path == text
+
+
+def test_an_anchor_can_be_merged_and_changed(base: str, tmp_path: Path) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text("evaluation: &e {every_steps: 5}\nlogging: {<<: *e, tensorboard: false}\n")
+    assert load([base, str(over)]).logging.every_steps == 5
+
+
 def test_a_file_that_is_not_there_names_the_nearest_of_ours() -> None:
     with pytest.raises(ConfigError, match=r"recipe/demoo.yaml: no such file, .* did you mean 'recipe/demo.yaml'\?"):
         load(["recipe/demoo.yaml"])
@@ -185,7 +225,7 @@ def test_the_papers_recipes_resolve_to_its_figures_at_405m(name: str) -> None:
     assert config.steps_of(first) * config.tokens_per_step(first) == 299_278_467_072
     rate = schedule_of(config, first, 0.0)
     assert rate(1324) == 3e-4
-    assert length_in_steps(first.schedule.warmup, phase_steps=132_366, tokens_per_step=2_260_992) == 1324
+    assert first.schedule.parts(phase_steps=132_366, tokens_per_step=2_260_992)["warmup"] == 1324
     assert rate(132_366) == (1.65e-4 if name == "infinite" else 3e-5)
     if name == "strong-shift":
         assert config.steps_of(second) == 88_456

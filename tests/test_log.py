@@ -51,9 +51,24 @@ def test_a_torn_last_line_is_passed_over_and_a_broken_one_elsewhere_is_named(tmp
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     assert [record["step"] for record in read_metrics(path)] == [1]
     path.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n')
-    with pytest.raises(CheckpointError, match=r"metrics.jsonl: line 2 is not JSON"):
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl: line 2 is not a record"):
         list(read_metrics(path))
     assert list(read_metrics(tmp_path / "none.jsonl")) == []
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.record("evaluation", step=1, sources={"a": {"loss": float("nan"), "perplexity": float("inf"), "tokens": 3}})
+    log.close()
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert record["sources"] == {"a": {"loss": None, "perplexity": None, "tokens": 3}}
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"\xff", b'{"step": "1"}'])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl: line 2 is not a record"):
+        list(read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_a_plain_terminal_gets_a_line_at_intervals_and_at_the_end(

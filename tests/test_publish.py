@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megacl.errors import DataError
-from megacl.publish import disk_errors, publish_bytes, publish_folder, publish_text, sha256_of
+from megacl.publish import alone_in, disk_errors, publish_bytes, publish_folder, publish_text, sha256_of
 
 
 def test_a_file_is_replaced_as_a_whole_and_nothing_stays_beside_it(tmp_path: Path) -> None:
@@ -68,9 +68,32 @@ def test_what_a_disk_refuses_names_the_file_and_the_reason(number: int, reason: 
     assert str(caught.value).startswith(f"{tmp_path / 'x'}: cannot write a shard: {reason}.")
 
 
-def test_an_error_that_is_no_matter_of_the_disk_passes_through(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="Connection refused"), disk_errors(tmp_path / "x", "a shard"):
-        raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+def test_a_place_that_cannot_be_is_named_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot write a folder: not a directory"):
+        publish_text(tmp_path / "file" / "x", "text", "a folder")
+
+
+def test_a_second_process_is_kept_out_of_a_folder_until_the_first_one_ends(tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from megacl.publish import alone_in\n"
+    code += "with alone_in(Path(sys.argv[1]), 'another run'): print('in', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"in\n"
+        with pytest.raises(DataError, match="another run is at work there"), alone_in(tmp_path, "another run"):
+            pass
+        process.kill()
+    with alone_in(tmp_path, "another run"):
+        pass
+
+
+def test_what_a_killed_process_left_under_our_number_is_no_hindrance(tmp_path: Path) -> None:
+    left = tmp_path / f".good.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "half").touch()
+    with publish_folder(tmp_path / "good", "a folder") as folder:
+        (folder / "x").touch()
+    assert [file.name for file in (tmp_path / "good").iterdir()] == ["x"]
 
 
 def test_a_full_device_is_named(tmp_path: Path) -> None:

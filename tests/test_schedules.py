@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from megacl.config import ScheduleConfig, length_in_steps
+from megacl.config import ScheduleConfig
+from megacl.errors import ConfigError
 from megacl.schedules import Schedule, build_schedule, cosine, exponential, inverse_sqrt, linear, one_minus_sqrt, rex
 
 MAX, MIN = 3e-4, 3e-5
@@ -159,9 +160,37 @@ def test_inverse_square_root_inside_its_warmup_is_refused() -> None:
         inverse_sqrt(5, max_lr=1.0, warmup=10)
 
 
+def lengths(steps: int, **settings: Any) -> dict[str, int]:
+    config = TypeAdapter(ScheduleConfig).validate_python({"max_lr": MAX, **settings})
+    return config.parts(phase_steps=steps, tokens_per_step=1000)
+
+
 @pytest.mark.parametrize(
     ("length", "steps"),
     [("100 steps", 100), ("1 step", 1), ("1%", 10), ("0.25%", 3), ("2e4 tokens", 20), ("20001 tokens", 21), ("0%", 0)],
 )
 def test_lengths_in_steps_tokens_and_percent_round_up_to_whole_steps(length: str, steps: int) -> None:
-    assert length_in_steps(length, phase_steps=1000, tokens_per_step=1000) == steps
+    assert lengths(1000, kind="cosine", warmup=length) == {"warmup": steps}
+
+
+@given(steps=st.integers(2, 500), percent=st.integers(1, 99))
+def test_parts_that_fill_their_phase_exactly_fit_whatever_the_rounding(steps: int, percent: int) -> None:
+    parts = lengths(steps, kind="wsd", warmup=f"{percent}%", decay=f"{100 - percent}%")
+    assert steps <= sum(parts.values()) <= steps
+    assert abs(parts["warmup"] - steps * percent / 100) <= 1
+
+
+@pytest.mark.parametrize(
+    ("last_lr", "settings", "message"),
+    [
+        (0.0, {"kind": "constant", "max_lr": "last"}, "ended at 0"),
+        (0.0, {"kind": "infinite", "max_lr": 1e-3, "constant_lr": "last"}, "ended at 0"),
+        (1e-4, {"kind": "infinite", "max_lr": "last", "constant_lr": 1e-3}, "constant_lr is 0.001, above"),
+        (1e-4, {"kind": "cosine", "max_lr": "last", "min_lr": 1e-3}, "min_lr is 0.001, above"),
+    ],
+)
+def test_a_last_rate_that_cannot_be_gone_on_from_is_refused(
+    last_lr: float, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        schedule(100, last_lr=last_lr, **settings)

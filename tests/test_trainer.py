@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Prepared
+from conftest import Prepared, write_documents
 from runs import last_state, losses, metrics, start, state
 from torch.nn import functional
 
@@ -22,6 +22,7 @@ from megacl.data.stream import PhaseStream, open_recorded
 from megacl.errors import CheckpointError, ConfigError, DataError, DivergedError
 from megacl.lineage import load_lineage
 from megacl.model.gpt import build_model
+from megacl.publish import alone_in
 from megacl.trainer import train
 
 
@@ -258,10 +259,82 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_good_one(
     weights = run_dir / "checkpoints" / "step-00000020" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     (run_dir / "checkpoints" / "step-00000015" / "manifest.json").unlink()
+    (run_dir / "config.yaml").unlink()  # each checkpoint carries one, too
+    with pytest.raises(ConfigError, match="with seed 0, and this configuration has 1"):
+        train(from_tree(prepared.tree(run_dir, seed=1)))
     assert train(from_tree(prepared.tree(run_dir))) == "done"
     assert "passing over a damaged checkpoint" in capsys.readouterr().err
     assert last_state(run_dir) == last_state(whole)
     assert losses(run_dir) == losses(whole)
+
+
+def test_checkpoints_that_are_all_damaged_stop_the_run_instead_of_starting_it_anew(
+    prepared: Prepared, whole: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    for path in list_checkpoints(run_dir):
+        (path / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="has 4 checkpoints, and every one is damaged"):
+        train(from_tree(prepared.tree(run_dir)))
+    assert losses(run_dir) == losses(whole)
+
+
+def test_the_checkpoint_just_made_is_never_pruned_for_a_damaged_one_beyond_it(
+    prepared: Prepared, whole: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    for path in list_checkpoints(run_dir)[2:]:  # at steps 15 and 20
+        (path / "state.json").write_text("{")
+    tree = prepared.tree(run_dir, checkpoint={"every_steps": 1, "keep_last": 1})
+    stop_after(from_tree(tree), steps=14)
+    assert [path.name for path in list_checkpoints(run_dir)] == [f"step-000000{n}" for n in (12, 14, 15, 20)]
+    assert train(from_tree(tree)) == "done"
+    assert last_state(run_dir) == last_state(whole)
+
+
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(prepared: Prepared, whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert '"at": "end"' in lines[-1]
+    (run_dir / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert train(from_tree(prepared.tree(run_dir))) == "done"
+    assert metrics(run_dir, "evaluation")[-1]["sources"] == metrics(whole, "evaluation")[-1]["sources"]
+
+
+def test_a_second_run_is_kept_out_of_a_run_directory(prepared: Prepared, whole: Path) -> None:
+    with alone_in(whole, "a test"), pytest.raises(DataError, match="another run is at work there"):
+        train(from_tree(prepared.tree(whole)))
+
+
+def test_what_killed_saves_left_is_swept_away(prepared: Prepared, whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    (run_dir / "checkpoints" / ".step-00000099.1.tmp").mkdir()
+    train(from_tree(prepared.tree(run_dir)))
+    assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+def test_a_signal_while_data_is_prepared_ends_with_75(prepared: Prepared, tmp_path: Path) -> None:
+    raw = write_documents(tmp_path / "raw.jsonl", [f"{number} " * 300 for number in range(20_000)])
+    sources = {"english": {"path": str(tmp_path / "data"), "documents": [str(raw)], "validation": 0.1}}
+    config = prepared.config_file(
+        tmp_path / "run",
+        sources=sources,
+        tokenizer={"path": str(prepared.tokenizer)},
+        phases=prepared.tree(tmp_path)["phases"][:1],
+    )
+    process = start("train", config)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "data" / ".prepare").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "told to stop while data was prepared" in err
+    assert not (tmp_path / "data" / "manifest.json").exists()
 
 
 def test_a_torn_last_line_of_metrics_is_done_again(prepared: Prepared, whole: Path, tmp_path: Path) -> None:

@@ -14,6 +14,15 @@ from megacl.data.tokenizer import load_tokenizer, train_tokenizer
 from megacl.errors import ConfigError
 
 
+def missing_sources(sources: Mapping[str, SourceConfig]) -> list[str]:
+    """The names of the sources that have documents to be prepared from, and are not prepared."""
+    return [
+        name
+        for name, source in sources.items()
+        if source.documents is not None and not (Path(source.path) / "manifest.json").exists()
+    ]
+
+
 def provide_sources(
     tokenizer: TokenizerConfig | None, sources: Mapping[str, SourceConfig], say: Callable[[str], None]
 ) -> None:
@@ -27,9 +36,9 @@ def provide_sources(
         documents = [find_shipped(path) for path in training.documents]
         Path(tokenizer.path).parent.mkdir(parents=True, exist_ok=True)
         train_tokenizer(documents, Path(tokenizer.path), training.vocab_size, training.model_type)
-    for name, source in sources.items():
-        if source.documents is None or (Path(source.path) / "manifest.json").exists():
-            continue
+    for name in missing_sources(sources):
+        source = sources[name]
+        assert source.documents is not None
         if tokenizer is None:
             raise ConfigError(
                 f"sources.{name} is to be prepared from documents, which needs a tokenizer; give tokenizer.path."

@@ -18,11 +18,6 @@ from numpy.typing import NDArray
 from megacl.data.order import Int64
 
 
-def share_of(share: float) -> Fraction:
-    """The fraction that a decimal spells, 0.05 -> 1/20, to nine digits."""
-    return Fraction(repr(share)).limit_denominator(10**9)
-
-
 def replayed_before(samples: Int64, share: Fraction) -> Int64:
     """floor(g s) for each g: how many of the first g samples are replayed ones. int64 [N] -> int64 [N]."""
     # In two parts, since g times the numerator could exceed 64 bits.

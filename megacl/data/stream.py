@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megacl.config import PhaseConfig, ReplayConfig
+from megacl.config import PhaseConfig, ReplayConfig, share_of
 from megacl.data.mixture import Mixture, integer_weights
 from megacl.data.order import Int64
-from megacl.data.replay import Recut, is_replayed, replayed_before, share_of
+from megacl.data.replay import Recut, is_replayed, replayed_before
 from megacl.data.sequences import Sequences
 from megacl.data.shards import Source, open_source
 from megacl.errors import ConfigError, DataError
@@ -97,6 +97,7 @@ def plan_phase(
                 weight=weight,
                 share=weight / period,
                 first=_draws_taken(lineage, sources[name].fingerprint, seq_length, seed),
+                tokens_before=_tokens_read(lineage, sources[name]),
             )
             for name, weight in whole.items()
         )
@@ -128,6 +129,16 @@ def _draws_taken(lineage: Lineage, fingerprint: str, seq_length: int, seed: int)
                 if source.fingerprint == fingerprint:
                     taken = max(taken, source.first + source.samples)
     return taken
+
+
+def _tokens_read(lineage: Lineage, source: Source) -> int:
+    """How many tokens the model has learned from a source's folder, in any cut, order and generation."""
+    return sum(
+        record.tokens
+        for phase in lineage.phases
+        for record in (*phase.sources, *(phase.replay.from_sources if phase.replay else ()))
+        if record.fingerprint == source.fingerprint or record.path == str(source.path)
+    )
 
 
 def _plan_replay(
@@ -355,18 +366,19 @@ class PhaseStream:
                 record,
                 samples=int(count),
                 tokens=int(count) * self.seq_length,
-                epochs=(record.first + int(count)) / cut.n,
+                epochs=(record.tokens_before + int(count) * self.seq_length) / (cut.n * self.seq_length),
             )
             for record, cut, count in zip(records, samples.cuts, samples.mixture.counts(total), strict=True)
         )
 
     def repeats(self) -> list[str]:
-        """What the phase's whole budget will read more than once, a line each: several epochs, replays that wrap."""
+        """What will have been read twice by the phase's end, a line each: sources, and phases that are replayed."""
         whole = self.seen(self.record.budget_samples, self.record.last_lr)
         replay = whole.replay
+        read = (*whole.sources, *(replay.from_sources if replay else ()))
         lines = [
-            f"phase {whole.name!r} reads source {source.name!r} {source.epochs:.2f} times over"
-            for source in (*whole.sources, *(replay.from_sources if replay else ()))
+            f"phase {whole.name!r}: by its end the model has read source {source.name!r} {source.epochs:.2f} times over"
+            for source in read
             if source.epochs > 1
         ]
         if replay:

@@ -9,17 +9,20 @@ does not set them), or there is just one. With one rank there is no process grou
 """
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megacl.errors import LaunchError, MegaclError
+
+_PATIENCE = datetime.timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Ranks:
     world_size: int = 1
     local_rank: int = 0
     """Rank on this machine: which of its devices is this process's."""
+    patient: Any = field(default=None, repr=False, compare=False)
+    """A process group whose collectives wait for days: for what one rank does while the others have nothing to do."""
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -62,7 +67,8 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """A block that succeeds on all ranks or fails on all, with the first rank's MegaclError; no calls inside it.
 
-        Without it, ranks would wait for one that found something wrong, and die of its silence.
+        Without it, ranks would wait for one that found something wrong, and die of its silence. One rank may be at work
+        in it for hours, writing a checkpoint, say: the others notice at once where it dies, and else wait.
         """
         error: MegaclError | None = None
         try:
@@ -80,7 +86,7 @@ class Ranks:
         import torch.distributed as dist
 
         objects = [None] * self.world_size
-        dist.all_gather_object(objects, obj)
+        dist.all_gather_object(objects, obj, group=self.patient)
         return objects
 
     def barrier(self) -> None:
@@ -121,7 +127,7 @@ def start_ranks(*, timeout: float) -> Ranks:
             f"{place['MASTER_ADDR']}:{place['MASTER_PORT']} within {timeout:g} s: {reason}; see whether all ranks "
             "started, and whether the port is free and reachable."
         ) from None
-    return ranks
+    return dataclasses.replace(ranks, patient=dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 
 def stop_ranks() -> None:

@@ -199,7 +199,16 @@ def test_several_epochs_are_counted_and_said() -> None:
     sources = {"s0": counting_source(0, 10 * T + 1)}
     stream = begin(Lineage(), phase_config("p0", {"s0": 1}, 5), sources, seq_length=T, batch=5)
     assert finish(Lineage(), stream).phases[0].sources[0].epochs == 2.5
-    assert stream.repeats() == ["phase 'p0' reads source 's0' 2.50 times over"]
+    assert stream.repeats() == ["phase 'p0': by its end the model has read source 's0' 2.50 times over"]
+
+
+def test_what_was_read_in_another_cut_or_order_counts_as_read() -> None:
+    sources = {"s0": counting_source(0, 200 * T + 1)}
+    lineage = finish(Lineage(), begin(Lineage(), phase_config("p0", {"s0": 1}, 18), sources, seq_length=T, batch=10))
+    for changed in ({"seq_length": 2 * T, "batch": 5}, {"seq_length": T, "batch": 10, "seed": 1}):
+        stream = begin(lineage, phase_config("p1", {"s0": 1}, 18), sources, **changed)
+        assert finish(lineage, stream).phases[1].sources[0].epochs == 1.8
+        assert stream.repeats() == ["phase 'p1': by its end the model has read source 's0' 1.80 times over"]
 
 
 def test_a_source_too_small_for_one_sequence_is_refused() -> None:
