@@ -4,10 +4,12 @@ Exit status: 0 done; 75 stopped by a signal, the same command goes on (EX_TEMPFA
 diverged, or a bug of ours, which shows its traceback.
 """
 
+import contextlib
 import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,42 +113,39 @@ def evaluate(
     """Loss, perplexity and bits per byte on held-out documents, per source; for a run also what it forgot."""
     import json
 
-    from megacl.data.shards import open_source
-    from megacl.evaluate import evaluate_sources, sources_of, table_text
+    from megacl.evaluate import evaluate_sources, open_named, sources_of, table_text
 
-    checkpoint, engine, ranks = _open_model(model)
-    opened = [open_source(folder) for folder in data or []]
-    names = [source.name for source in opened]
-    named = {source.name if names.count(source.name) == 1 else str(source.path): source for source in opened}
-    sources, problems = (named, []) if data else sources_of(checkpoint.lineage, {})
-    for problem in problems:
-        print(f"warning: not evaluated: {problem}", file=sys.stderr)
-    tokenizer = checkpoint.tokenizer()
-    for source in named.values():
-        if not tokenizer.matches(source.tokenizer_fingerprint):
-            raise ConfigError(f"{source.path}: prepared with another tokenizer than the model's; prepare it with that.")
-    results = evaluate_sources(
-        engine,
-        ranks,
-        sources,
-        seq_length=seq_length or checkpoint.config.seq_length,
-        micro_batch_size=checkpoint.config.evaluation.micro_batch_size,
-    )
-    if not results:
-        raise DataError(f"{model}: there are no held-out documents to evaluate on; name data folders that have some.")
-    if ranks.rank != 0:
-        return
-    if json_output:
-        print(json.dumps({name: result.record() for name, result in results.items()}, indent=1))
-        return
-    print(f"{checkpoint.path}: {checkpoint.lineage.tokens:,} tokens seen")
-    rows = [
-        [name, f"{r.loss:.4f}", f"{r.perplexity:.2f}", f"{r.bits_per_byte:.4f}", f"{r.tokens:,}"]
-        for name, r in results.items()
-    ]
-    for line in table_text(["source", "loss", "perplexity", "bits/byte", "tokens"], rows):
-        print(line)
-    _print_forgetting(Path(model))
+    with _open_model(model) as (checkpoint, engine, ranks):
+        if data:
+            sources = open_named(data, checkpoint.tokenizer())
+        else:
+            sources, problems = sources_of(checkpoint.lineage, {})
+            for problem in problems:
+                print(f"warning: not evaluated: {problem}", file=sys.stderr)
+        results = evaluate_sources(
+            engine,
+            ranks,
+            sources,
+            seq_length=seq_length or checkpoint.config.seq_length,
+            micro_batch_size=checkpoint.config.evaluation.micro_batch_size,
+        )
+        if not results:
+            raise DataError(
+                f"{model}: there are no held-out documents to evaluate on; name data folders that have some."
+            )
+        if ranks.rank != 0:
+            return
+        if json_output:
+            print(json.dumps({name: result.record() for name, result in results.items()}, indent=1))
+            return
+        print(f"{checkpoint.path}: {checkpoint.lineage.tokens:,} tokens seen")
+        rows = [
+            [name, f"{r.loss:.4f}", f"{r.perplexity:.2f}", f"{r.bits_per_byte:.4f}", f"{r.tokens:,}"]
+            for name, r in results.items()
+        ]
+        for line in table_text(["source", "loss", "perplexity", "bits/byte", "tokens"], rows):
+            print(line)
+        _print_forgetting(Path(model))
 
 
 def _print_forgetting(run_dir: Path) -> None:
@@ -199,19 +198,19 @@ def sample(
 
     if not prompt.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
         raise ConfigError("--prompt is not text in the terminal's encoding; give it as UTF-8.")
-    checkpoint, engine, ranks = _open_model(model)
-    text = sample_text(
-        engine,
-        checkpoint.tokenizer(),
-        prompt,
-        tokens=tokens,
-        seq_length=checkpoint.config.seq_length,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-    )
-    if ranks.rank == 0:
-        print(prompt + text)
+    with _open_model(model) as (checkpoint, engine, ranks):
+        text = sample_text(
+            engine,
+            checkpoint.tokenizer(),
+            prompt,
+            tokens=tokens,
+            seq_length=checkpoint.config.seq_length,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+        )
+        if ranks.rank == 0:
+            print(prompt + text)
 
 
 @app.command()
@@ -241,28 +240,32 @@ def verify(folder: Annotated[Path, typer.Argument(help="A data folder.")]) -> No
     print(f"{folder}: every shard is as its manifest says")
 
 
-def _open_model(reference: str) -> "tuple[Checkpoint, Engine, Ranks]":
+@contextlib.contextmanager
+def _open_model(reference: str) -> "Iterator[tuple[Checkpoint, Engine, Ranks]]":
     """A checkpoint and an engine that holds its weights: on one rank the native one, whatever trained it."""
     import dataclasses
 
     from megacl.checkpoint import find_checkpoint, open_checkpoint
     from megacl.engine import build_engine
     from megacl.model.gpt import build_model
-    from megacl.parallel.ranks import start_ranks
+    from megacl.parallel.ranks import start_ranks, stop_ranks
 
     checkpoint = open_checkpoint(find_checkpoint(reference))
     config = checkpoint.config
     ranks = start_ranks(timeout=config.engine.timeout)
-    kind = config.engine.kind if ranks.world_size > 1 else "native"
-    engine = build_engine(
-        build_model(config.model, seed=config.seed),
-        engine=dataclasses.replace(config.engine, kind=kind),
-        optimizer=config.optimizer,
-        ranks=ranks,
-    )
-    load = checkpoint.load_weights()
-    engine.import_state(lambda name: {"weight": load(name)}, optimizer_step=0, loss_scale=None)
-    return checkpoint, engine, ranks
+    try:
+        kind = config.engine.kind if ranks.world_size > 1 else "native"
+        engine = build_engine(
+            build_model(config.model, seed=config.seed),
+            engine=dataclasses.replace(config.engine, kind=kind),
+            optimizer=config.optimizer,
+            ranks=ranks,
+        )
+        load = checkpoint.load_weights()
+        engine.import_state(lambda name: {"weight": load(name)}, optimizer_step=0, loss_scale=None)
+        yield checkpoint, engine, ranks
+    finally:
+        stop_ranks()
 
 
 def _leave(status: int) -> None:

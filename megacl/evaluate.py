@@ -10,7 +10,7 @@ and models with different tokenizers compare by bits per byte.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 
 from megacl.data.loader import check_tokens
 from megacl.data.order import Int64
-from megacl.data.shards import Source
+from megacl.data.shards import Source, open_source
 from megacl.data.stream import open_recorded
+from megacl.data.tokenizer import Tokenizer
 from megacl.engine import Engine
 from megacl.errors import DataError, on_this_rank
 from megacl.lineage import Lineage
@@ -133,6 +134,19 @@ def sources_of(lineage: Lineage, named: Mapping[str, Source]) -> tuple[dict[str,
         name = record.name if record.name not in found else f"{record.name}-{record.fingerprint[:6]}"
         found[name] = source
     return found, problems
+
+
+def open_named(folders: Sequence[str], tokenizer: Tokenizer) -> dict[str, Source]:
+    """Data folders by their sources' names, or by their paths where two have one name.
+
+    Raises DataError where one was prepared with another tokenizer than the model's.
+    """
+    opened = [open_source(folder) for folder in folders]
+    for source in opened:
+        if not tokenizer.matches(source.tokenizer_fingerprint):
+            raise DataError(f"{source.path}: prepared with another tokenizer than the model's; prepare it with that.")
+    names = [source.name for source in opened]
+    return {source.name if names.count(source.name) == 1 else str(source.path): source for source in opened}
 
 
 # ---------------------------------------------------------------------------------------------- forgetting

@@ -97,6 +97,20 @@ def test_evaluate_prints_each_source_and_what_was_forgotten(run: Path, prepared:
     assert set(json.loads(out)) == {"german"}
 
 
+def test_evaluate_keeps_two_folders_of_one_name_apart_and_refuses_what_it_cannot_evaluate(
+    run: Path, prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    twin = tmp_path / "german"
+    shutil.copytree(prepared.sources["german"], twin)
+    german = str(prepared.sources["german"])
+    _, out, _ = command_line(capsys, "evaluate", str(run), "--data", german, "--data", str(twin), "--json")
+    assert set(json.loads(out)) == {german, str(twin)}
+    nothing = tmp_path / "nothing"
+    call = ("prepare", str(prepared.documents["german"]), "--tokenizer", str(prepared.tokenizer))
+    command_line(capsys, *call, "--out", str(nothing), "--validation", "0")
+    assert "no held-out documents" in refusal(capsys, "evaluate", str(run), "--data", str(nothing))
+
+
 def test_lineage_is_text_or_json(run: Path, capsys: Capture) -> None:
     status, out, _ = command_line(capsys, "lineage", str(run))
     assert status == 0
