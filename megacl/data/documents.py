@@ -7,6 +7,7 @@ carries byte positions only, and a line belongs to the block in which it begins;
 the middle, so its blocks carry the decompressed lines. How inputs are cut depends on the inputs and block_bytes alone.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -109,7 +110,7 @@ def find_inputs(inputs: Sequence[str]) -> Inputs:
         file = _describe(name)
         if (first := files.setdefault(file.record.sample_sha256, file)) is not file:
             raise DataError(f"{name}: its content is given twice, the first time as {first.name}. Leave one out.")
-    return Inputs(tuple(files.values()), tuple(passed_over))
+    return Inputs(tuple(files.values()), tuple(map(_printable, passed_over)))
 
 
 def _search(folder: str) -> tuple[list[str], list[str]]:
@@ -145,15 +146,19 @@ def _stat(name: str) -> os.stat_result:
         raise DataError(f"{name}: cannot be read: {error.strerror}.") from None
 
 
+def _printable(name: str) -> str:
+    """The name, with bytes of it that are not UTF-8 as \\xNN: neither JSON nor a terminal has a form for those."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def _describe(name: str) -> RawFile:
+    if _printable(name) != name:
+        raise DataError(f"{_printable(name)}: the file's name is not UTF-8, so it cannot be recorded. Rename the file.")
     if not stat.S_ISREG(_stat(name).st_mode):
         raise DataError(f"{name}: not a file but a pipe or a device. Write its content to a file and give that.")
-    try:
-        with open(name, "rb") as file:
-            facts = os.fstat(file.fileno())
-            sample = _sample_sha256(file, facts.st_size)
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror}.") from None
+    with _named(name), open(name, "rb") as file:
+        facts = os.fstat(file.fileno())
+        sample = _sample_sha256(file, facts.st_size)
     if facts.st_size == 0:
         raise DataError(f"{name}: the file is empty. Leave it out, or look at what should have written it.")
     return RawFile(InputFile(name=name, size=facts.st_size, sample_sha256=sample), facts.st_mtime_ns)
@@ -168,8 +173,18 @@ def _sample_sha256(file: io.BufferedReader, size: int) -> str:
     return digest.hexdigest()
 
 
-def _is_changed(file: RawFile, facts: os.stat_result) -> bool:
-    return (facts.st_size, facts.st_mtime_ns) != (file.size, file.modified_ns)
+def _check_unchanged(file: RawFile, facts: os.stat_result) -> None:
+    if (facts.st_size, facts.st_mtime_ns) != (file.size, file.modified_ns):
+        raise DataError(f"{file.name}: the file changed while it was read. Run the same command again.")
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Turns what the disk refuses while a file is read into a DataError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror}.") from None
 
 
 def cut_blocks(files: Sequence[RawFile], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
@@ -196,12 +211,14 @@ def _cut_plain(file: RawFile, block_bytes: int) -> Iterator[Segment]:
 
 
 def _cut_compressed(file: RawFile, block_bytes: int) -> Iterator[Segment]:
-    with open(file.name, "rb") as raw:
-        start = lines = spent = 0
+    start = lines = spent = 0
+    with _named(file.name), open(file.name, "rb") as raw:
+        _check_unchanged(file, os.fstat(raw.fileno()))  # before what is read of it goes under the old file's key
         for content in _whole_lines(_decompress(raw, file.name), block_bytes):
             end, cost = start + len(content), raw.tell() - spent
             yield Segment(file, start, end, cost, content, lines)
             start, spent, lines = end, spent + cost, lines + content.count(b"\n")
+        _check_unchanged(file, os.stat(file.name))
     if start == 0:
         raise DataError(f"{file.name}: nothing is in it but compression. Leave it out, or look at what wrote it.")
 
@@ -260,7 +277,7 @@ def read_segment(segment: Segment, field: str, skip_bad: bool = False) -> Iterat
     file is no longer the one that the segment was cut from.
     """
     name = segment.file.name
-    try:
+    with _named(name):
         for position, line in _lines(segment):
             if line.isspace():
                 continue
@@ -272,11 +289,8 @@ def read_segment(segment: Segment, field: str, skip_bad: bool = False) -> Iterat
                     raise DataError(f"{name}:{number}: {error}, or leave bad lines out with --skip-bad.") from None
                 text = None
             yield text
-        changed = segment.content is None and _is_changed(segment.file, os.stat(name))
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror}.") from None
-    if changed:
-        raise DataError(f"{name}: the file changed while it was read. Run the same command again.")
+        if segment.content is None:
+            _check_unchanged(segment.file, os.stat(name))
 
 
 def read_documents(inputs: Sequence[str], field: str = "text") -> Iterator[str]:

@@ -94,8 +94,9 @@ def prepare(
     block_bytes: input that becomes one shard. A command that has been carried out already does nothing; input files are
     known by their content, under any name.
 
-    ConfigError: validation or workers out of range. DataError: the inputs, a line of them, the folder or the disk;
-    fewer than 20 held-out documents in the whole folder. LaunchError: a worker was killed. Nothing is published then.
+    ConfigError: validation or workers out of range, source or field not UTF-8. DataError: the inputs, a line of them,
+    the folder or the disk; fewer than 20 held-out documents in the whole folder. LaunchError: a worker was killed.
+    Nothing is published then.
     """
     begun = time.monotonic()
     if not 0 <= validation < 1:
@@ -109,6 +110,7 @@ def prepare(
     with _alone_in(folder):
         manifest = _open_folder(folder, tokenizer, source, validation)
         source = manifest.source if manifest else source or folder.resolve().name
+        _check_recordable(source=source, field=field)
         if manifest and (made := _made_already(folder, manifest, files, field)):
             _clear_work(folder)
             return _report(manifest, made, found, time.monotonic() - begun)
@@ -123,6 +125,16 @@ def prepare(
         manifest = _publish(folder, manifest, done, files, recipe, tokenizer, source)
         _clear_work(folder)
     return _report(manifest, manifest.generations[-1], found, time.monotonic() - begun)
+
+
+def _check_recordable(**settings: str) -> None:
+    for name, value in settings.items():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{name} is {value!r}, which is not UTF-8, so it cannot be recorded. Give another with --{name}."
+            ) from None
 
 
 def _cores() -> int:

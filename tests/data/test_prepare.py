@@ -673,6 +673,78 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, raw, tokenizer)
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("happens", "message"),
+    [
+        (lambda file: file.unlink(), "cannot be read: No such file or directory"),
+        (lambda file: compress(file, lines_of(["neu"] * 99)), "the file changed while it was read"),
+        (lambda file: file.with_name("new").replace(file), "the file changed while it was read"),
+    ],
+    ids=["removed", "written again", "replaced"],
+)
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_compressed_file_that_is_not_the_one_that_was_found_is_named(
+    tmp_path, raw, tokenizer, happens, message, suffix
+):
+    late = compress(tmp_path / f"late.jsonl.{suffix}", lines_of(["eins", "zwei"]))
+    shutil.copy(late, tmp_path / "new")
+    os.utime(tmp_path / "new", (1, 1))
+    steps = []
+
+    def progress(done: int, total: int) -> None:
+        if not steps:
+            happens(late)
+        steps.append(done)
+
+    with pytest.raises(DataError, match=message) as caught:
+        prepare(
+            [str(raw), str(late)], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=1,
+            block_bytes=BLOCK, progress=progress,
+        )  # fmt: skip
+    assert str(caught.value).startswith(f"{late}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_compressed_file_that_changes_while_it_is_read_is_named(tmp_path, texts, tokenizer):
+    file = compress(tmp_path / "file.jsonl.zst", lines_of(texts))
+    with pytest.raises(DataError, match=r"file\.jsonl\.zst: the file changed while it was read"):
+        prepare(
+            [str(file)], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=1, block_bytes=BLOCK,
+            progress=lambda done, total: os.utime(file),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_wherever_a_compressed_file_was_cut_off_it_is_named(tmp_path, suffix):
+    lines = lines_of([f"document {index}" for index in range(20)])
+    whole = compress(tmp_path / f"whole.jsonl.{suffix}", lines).read_bytes()
+    one = gzip.compress if suffix == "gz" else zstandard.ZstdCompressor(write_content_size=False).compress
+    between = len(one(lines[: len(lines) // 2]))  # two files behind one another; the first one alone is whole
+    cut = tmp_path / f"cut.jsonl.{suffix}"
+    for size in set(range(1, len(whole))) - {between}:
+        cut.write_bytes(whole[:size])
+        found = find_inputs([str(cut)]).files
+        with pytest.raises(DataError, match=rf"cut\.jsonl\.{suffix}: cannot be decompressed"):
+            list(cut_blocks(found, 30))  # blocks of a line each
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_anything_is_done(tmp_path, raw, tokenizer):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    shutil.copy(raw, name)
+    arguments = {"tokenizer": tokenizer, "validation": 0, "workers": 1}
+    with pytest.raises(DataError, match=r"caf\\xe9\.jsonl: the file's name is not UTF-8") as caught:
+        prepare([str(tmp_path)], **arguments, out=tmp_path / "out")
+    str(caught.value).encode()
+    with pytest.raises(ConfigError, match=r"source is '.*dce9', which is not UTF-8"):
+        prepare([str(raw)], **arguments, out=os.fsdecode(os.fsencode(tmp_path) + b"/out\xe9"))
+    with pytest.raises(ConfigError, match=r"field is '.*dce9', which is not UTF-8"):
+        prepare([str(raw)], **arguments, out=tmp_path / "out", field="\udce9")
+    assert not (tmp_path / "out" / ".prepare").exists()
+    os.rename(name, os.fsdecode(os.fsencode(tmp_path) + b"/notes\xe9"))
+    shutil.copy(raw, tmp_path)
+    assert find_inputs([str(tmp_path)]).passed_over == (f"{tmp_path}/notes\\xe9",)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_is_one_line_and_with_room_the_same_command_goes_on(
     tmp_path, large, tokenizer, undisturbed, workers
