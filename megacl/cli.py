@@ -76,6 +76,8 @@ def prepare(
     )
     if report.bad_lines or report.empty_documents:
         print(f"left out: {report.bad_lines:,} bad lines, {report.empty_documents:,} empty documents")
+    if report.passed_over:
+        print(f"passed over: {len(report.passed_over):,} files of other kinds, {', '.join(report.passed_over[:3])} ...")
 
 
 @app.command()

@@ -30,7 +30,7 @@ def disk_errors(path: Path, what: str) -> Iterator[None]:
     except OSError as error:
         reason = _DISK.get(error.errno or 0) or (error.strerror or str(error)).lower()
         raise DataError(
-            f"{path}: cannot write {what}: {reason}. Nothing was published; make room and run again."
+            f"{path}: cannot write {what}: {reason}. Nothing was published; put that right and run again."
         ) from None
 
 
@@ -93,7 +93,10 @@ def alone_in(folder: Path, who: str) -> Iterator[None]:
     out there.
     """
     with disk_errors(folder, "a folder"):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise DataError(f"{folder}: not a folder; name another place.") from None
         descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -17,13 +17,12 @@ Memory: at most 0.5 GB for each worker and a few blocks for the parent, whatever
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,7 +46,7 @@ from megacl.data.manifest import (
 from megacl.data.shards import token_dtype
 from megacl.data.tokenizer import Tokenizer
 from megacl.errors import ConfigError, DataError
-from megacl.publish import disk_errors, flush_folder
+from megacl.publish import alone_in, disk_errors, flush_folder
 
 MIN_HELD_OUT = 20
 """Held-out documents below which a validation loss says little."""
@@ -107,7 +106,7 @@ def prepare(
     found = find_inputs(inputs)
     files = found.files
     recipe = Recipe(tokenizer.file, tokenizer.fingerprint, validation, field, skip_bad)
-    with _alone_in(folder):
+    with alone_in(folder, "another prepare"):
         manifest = _open_folder(folder, tokenizer, source, validation)
         source = manifest.source if manifest else source or folder.resolve().name
         _check_recordable(source=source, field=field)
@@ -162,27 +161,6 @@ def _report(manifest: Manifest, state: Generation, found: Inputs, seconds: float
 
 
 # ---------------------------------------------------------------------------------------------- the data folder
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Makes the folder, and keeps a second prepare out of it."""
-    with disk_errors(folder, "the data folder"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise DataError(f"{folder}: not a folder. Name another place with --out.") from None
-        descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder}: another prepare is writing there. Wait for it, or stop it.") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _open_folder(folder: Path, tokenizer: Tokenizer, source: str | None, validation: float) -> Manifest | None:

@@ -541,7 +541,7 @@ def test_what_was_done_with_skip_bad_is_not_taken_for_an_answer_without_it(tmp_p
 def test_two_at_once_in_one_folder_are_refused(tmp_path, large, raw, tokenizer):
     process = start(tmp_path, large, tokenizer, workers=1)
     wait_until(lambda: len(finished_blocks(tmp_path / "out")) >= 1)
-    with pytest.raises(DataError, match="another prepare is writing there"):
+    with pytest.raises(DataError, match="another prepare is at work there"):
         prepare([str(raw)], tokenizer=tokenizer, out=tmp_path / "out", validation=0.3, workers=1)
     process.kill()
     process.wait()
