@@ -48,13 +48,15 @@ def prepare(
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
 ) -> None:
     """Turn raw documents into tokenized shards and a manifest; goes on where it was interrupted."""
+    from rich.console import Console
     from rich.progress import Progress
 
     from megacl.data.prepare import prepare as prepare_documents
     from megacl.data.tokenizer import load_tokenizer
 
     try:
-        with Progress(transient=True) as progress:
+        console = Console(stderr=True)
+        with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"preparing {out}", total=None)
             report = prepare_documents(
                 inputs,
