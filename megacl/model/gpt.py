@@ -19,6 +19,7 @@ Parameters, by name. Checkpoints and conversions hold these names and shapes, so
     head.weight                       [vocab_size, hidden_size]     absent where tie_embeddings: embed.weight serves
 """
 
+import functools
 import hashlib
 import math
 
@@ -153,6 +154,7 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(parameter.numel() for parameter in build_model(config, seed=0, device="meta").parameters())
 
 
+@functools.cache  # asked for at every step
 def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     """Floating-point operations that training on one token takes, forward and backward, without recomputation.
 
