@@ -11,6 +11,7 @@ A checkpoint knows no ranks: it loads into any engine, on any number of them. It
 name alone; one that is damaged is named and passed over for the newest good one.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -146,11 +147,13 @@ def _publish(
     config: RunConfig,
     tokenizer: Tokenizer,
 ) -> None:
-    broken = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    broken = next((name for name, values in (weights | moments).items() if not values.isfinite().all()), None)
     if broken is not None:
+        known = list_checkpoints(path.parent.parent)
+        good = f"the last good one is {known[-1]}" if known else "there is none yet"
         raise DivergedError(
-            f"step {state.step}: the weights {broken} are not finite, and no checkpoint was made of them; "
-            "lower max_lr in a new run_dir."
+            f"step {state.step}: {broken} is not finite, and no checkpoint was made of it; {good}. "
+            "Lower max_lr in a new run_dir."
         )
     if path.exists():  # a damaged one that resume passed over
         shutil.rmtree(path)
@@ -190,8 +193,10 @@ def prune_checkpoints(run_dir: Path, newest: Path, keep_last: int | None) -> Non
     so_far = [path for path in list_checkpoints(run_dir) if _step_of(path) <= _step_of(newest)]
     inside = [path for path in so_far if _ends_phase(path) is False]
     for path in inside[:-keep_last]:
-        (path / "manifest.json").unlink()  # from here on it is no checkpoint any more, whenever we are killed
-        shutil.rmtree(path)
+        # Without its manifest it is no checkpoint any more, whatever stays of it: a reader may hold a file on NFS.
+        with contextlib.suppress(OSError):
+            (path / "manifest.json").unlink()
+            shutil.rmtree(path)
 
 
 def _ends_phase(path: Path) -> bool | None:
@@ -205,7 +210,7 @@ def _ends_phase(path: Path) -> bool | None:
 def sweep_unfinished(run_dir: Path) -> None:
     """Deletes what saves that were killed have left beside the checkpoints. Only for who is alone in `run_dir`."""
     for left in (run_dir / "checkpoints").glob(".step-*.tmp"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------- finding
@@ -266,17 +271,18 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None
     return None
 
 
-def find_checkpoint(reference: str) -> Path:
+def find_checkpoint(reference: str, warn: Callable[[str], None]) -> Path:
     """The checkpoint that RUN (its newest good one), RUN@PHASE (that phase's end), RUN@STEP or a folder names.
 
-    It is verified. Raises CheckpointError where there is none, or where it is damaged.
+    It is verified. Raises CheckpointError where there is none, or where it is damaged; where the newest of a run is, it
+    is named through `warn`, and the newest good one is taken.
     """
     path = Path(reference)
     if not path.is_dir() and "@" in reference:
         run, _, place = reference.rpartition("@")
         path = _at_place(Path(run), place)
     elif not (path / "manifest.json").is_file():
-        newest = newest_checkpoint(path, warn=lambda line: None)
+        newest = newest_checkpoint(path, warn)
         if newest is None:
             why = "holds no checkpoint" if path.is_dir() else "no such run or checkpoint"
             raise CheckpointError(f"{reference}: {why}; name a run directory, RUN@PHASE, RUN@STEP or a checkpoint.")
@@ -291,8 +297,11 @@ def _at_place(run_dir: Path, place: str) -> Path:
     known = list_checkpoints(run_dir)
     if not known:
         raise CheckpointError(f"{run_dir}: holds no checkpoint, so there is none at {place!r}.")
-    ended = [open_checkpoint(path) for path in known if _ends_phase(path)]
-    ends = {checkpoint.lineage.phases[-1].name: checkpoint.path for checkpoint in ended}
+    ends = {}
+    for path in known:
+        with contextlib.suppress(CheckpointError):  # a damaged one is no reason not to find another
+            if _read_state(path).phase_end:
+                ends[load_lineage(path).phases[-1].name] = path
     if place in ends:
         return ends[place]
     if place.isdigit():

@@ -91,12 +91,12 @@ def train(
     """Train a run: its phases one after another. The same command goes on after an interruption."""
     from megacl.configfile import load
 
-    files = [argument for argument in config if "=" not in argument or Path(argument).is_file()]
+    files = [argument for argument in config if "=" not in argument or os.path.isfile(argument)]
     run = load(files, [argument for argument in config if argument not in files])
     if dry_run:
         from megacl.plan import plan_text
 
-        for line in plan_text(run):
+        for line in plan_text(run, resume=resume):
             print(line)
         return
     from megacl.trainer import train as train_run
@@ -125,7 +125,7 @@ def evaluate(
         else:
             sources, problems = sources_of(checkpoint.lineage, {})
             for problem in problems:
-                print(f"warning: not evaluated: {problem}", file=sys.stderr)
+                _warn(f"not evaluated: {problem}")
         results = evaluate_sources(
             engine,
             ranks,
@@ -184,7 +184,7 @@ def lineage(
     from megacl.checkpoint import find_checkpoint
     from megacl.lineage import describe, load_lineage
 
-    found = load_lineage(find_checkpoint(model))
+    found = load_lineage(find_checkpoint(model, _warn))
     print(found.dump().rstrip() if json_output else describe(found))
 
 
@@ -254,7 +254,7 @@ def _open_model(reference: str) -> "Iterator[tuple[Checkpoint, Engine, Ranks]]":
     from megacl.model.gpt import build_model
     from megacl.parallel.ranks import start_ranks, stop_ranks
 
-    checkpoint = open_checkpoint(find_checkpoint(reference))
+    checkpoint = open_checkpoint(find_checkpoint(reference, _warn))
     config = checkpoint.config
     ranks = start_ranks(timeout=config.engine.timeout)
     try:
@@ -270,6 +270,10 @@ def _open_model(reference: str) -> "Iterator[tuple[Checkpoint, Engine, Ranks]]":
         yield checkpoint, engine, ranks
     finally:
         stop_ranks()
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _leave(status: int) -> None:

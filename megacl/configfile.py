@@ -44,10 +44,11 @@ for _side in (_Loader, _Dumper):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    for key, _ in node.value:
-        if key.tag in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:null"):
-            key.tag = "tag:yaml.org,2002:str"  # keys are names: a source may be called no, or 2024
-    keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    names = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    for key in names:
+        if isinstance(key, yaml.ScalarNode):
+            key.tag = "tag:yaml.org,2002:str"  # keys are names: a source may be called no, 1.5, or 2026-11-24
+    keys = [key.value for key in names]
     for key in keys:
         if keys.count(key) > 1:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)

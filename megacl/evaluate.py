@@ -10,7 +10,7 @@ and models with different tokenizers compare by bits per byte.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ from megacl.engine import Engine
 from megacl.errors import DataError, on_this_rank
 from megacl.lineage import Lineage
 from megacl.parallel.ranks import Ranks
+
+
+class EvaluationStopped(Exception):  # noqa: N818 - no error
+    """An evaluation was told to stop between two batches: on all ranks, at the same one."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,12 @@ def evaluate_source(
     seq_length: int,
     micro_batch_size: int,
     sequences: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> SourceLoss:
     """Loss of the model in `engine` on a source's held-out documents; every rank calls it and gets the same result.
 
-    sequences: read no more than the first so many windows. Raises DataError where nothing was held out.
+    sequences: read no more than the first so many windows. stop: asked before each batch; where it says so on any rank,
+    EvaluationStopped is raised on all. Raises DataError where nothing was held out.
     """
     held_out = source.validation.tokens
     if not held_out:
@@ -68,6 +74,8 @@ def evaluate_source(
     batches = math.ceil(windows / ranks.world_size / micro_batch_size)
     nats = 0.0
     for batch in range(batches):
+        if ranks.any(stop()):
+            raise EvaluationStopped
         some = mine[batch * micro_batch_size : (batch + 1) * micro_batch_size]
         with on_this_rank():
             inputs, targets = _windows(source, some, seq_length, micro_batch_size)
@@ -108,11 +116,18 @@ def evaluate_sources(
     seq_length: int,
     micro_batch_size: int,
     sequences: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, SourceLoss]:
     """`evaluate_source` for each source that has held-out documents, by name; the others are left out."""
     return {
         name: evaluate_source(
-            engine, ranks, source, seq_length=seq_length, micro_batch_size=micro_batch_size, sequences=sequences
+            engine,
+            ranks,
+            source,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            sequences=sequences,
+            stop=stop,
         )
         for name, source in sources.items()
         if source.validation.tokens
@@ -173,7 +188,8 @@ def forgetting_table(evaluations: Iterable[Mapping[str, Any]]) -> list[Forgettin
             continue
         label = "before" if record["at"] == "start" else record["phase"]
         for source, result in record["sources"].items():
-            points.setdefault(source, []).append((label, result["loss"]))
+            loss = result["loss"]  # null in the file where it was not finite
+            points.setdefault(source, []).append((label, math.nan if loss is None else loss))
     return [_row(source, losses) for source, losses in points.items()]
 
 

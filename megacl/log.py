@@ -69,10 +69,15 @@ class RunLog:
             kept = [record for record in read_metrics(self._path) if record.get("step", 0) <= step]
             publish_text(self._path, "".join(json.dumps(record) + "\n" for record in kept), "metrics")
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether an evaluation at `step` has been recorded; False on ranks that do not write."""
+    def evaluated_at(self, step: int) -> set[str]:
+        """The sources of which an evaluation at `step` has been recorded; none on ranks that do not write."""
         records = read_metrics(self._path) if self._writes else ()
-        return any(record["kind"] == "evaluation" and record["step"] == step for record in records)
+        return {
+            source
+            for record in records
+            if record["kind"] == "evaluation" and record["step"] == step
+            for source in record["sources"]
+        }
 
     def record(self, kind: str, **values: Any) -> None:
         """Appends a record; a number in it that is not finite is written as null."""

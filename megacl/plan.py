@@ -17,7 +17,7 @@ from megacl.data.stream import PhaseStream, open_recorded, plan_phase
 from megacl.errors import ConfigError
 from megacl.lineage import Lineage, PhaseRecord
 from megacl.model.gpt import count_parameters, flops_per_token
-from megacl.resume import Found, find_run
+from megacl.resume import Found, find_inputs, find_origin
 from megacl.schedules import Schedule, build_schedule
 
 
@@ -61,10 +61,11 @@ def plan_phases(found: Found) -> Iterator[tuple[int, PhaseStream, Lineage]]:
     Going through it finds what would stop the run at a later phase: names that are taken, sources that are too small,
     replays of what was not seen, history whose data is gone.
     """
-    config, lineage, sources = found.config, found.lineage, found.inputs.sources
-    for index in range(found.phase, len(config.phases)):
+    config, origin, sources = found.config, found.origin, found.inputs.sources
+    lineage = origin.lineage
+    for index in range(origin.phase, len(config.phases)):
         phase = config.phases[index]
-        if index > found.phase or not found.samples:
+        if index > origin.phase or not origin.samples:
             lineage = lineage.with_phase(begin_phase(config, index, lineage, sources))
         stream = open_phase(lineage, sources)
         last_lr = schedule_of(config, phase, stream.record.start_lr)(config.steps_of(phase))
@@ -99,39 +100,32 @@ def check_batches(config: RunConfig, world_size: int) -> None:
             )
 
 
-def plan_text(config: RunConfig) -> Iterator[str]:
+def plan_text(config: RunConfig, *, resume: bool = True) -> Iterator[str]:
     """Lines on the model, then on each phase: tokens, steps, exact shares, epochs, and the rate at its corners.
 
     Raises as the start of training would, on one rank. What depends on data that is not prepared yet is left out.
     """
-    yield (
-        f"run {config.run_dir}: {config.model.form}, {count_parameters(config.model):,} parameters, seed {config.seed}"
-    )
+    parameters = count_parameters(config.model)
+    yield f"run {config.run_dir}: {config.model.form}, {parameters:,} parameters, seed {config.seed}"
     check_batches(config, 1)
+    warnings: list[str] = []
+    newest = newest_checkpoint(Path(config.run_dir), warnings.append)
+    origin = find_origin(config, Path(config.run_dir), newest, resume=resume, warn=warnings.append)
+    yield from (f"warning: {line}" for line in warnings)
+    begin, last_lr = origin.phase, 0.0
+    if (checkpoint := origin.checkpoint or origin.parent) is not None:
+        records = origin.lineage.phases
+        last_lr = records[-1].start_lr if origin.samples else records[-1].last_lr
+        yield f"goes on from {checkpoint.path}: {len(records)} phases, {origin.lineage.tokens:,} tokens"
     missing = missing_sources(config.sources)
     for name in missing:
         yield f"source {name}: not prepared yet; training prepares it first"
     reading: dict[int, list[str]] = {}
-    last_lr, begin = 0.0, 0
     if not missing:
-        warnings: list[str] = []
-        newest = newest_checkpoint(Path(config.run_dir), warnings.append)
-        found = find_run(config, Path(config.run_dir), newest, resume=True)
-        config, begin = found.config, found.phase
-        last_lr = found.lineage.phases[-1].last_lr if found.lineage.phases else 0.0
-        yield from (f"warning: {line}" for line in warnings)
-        if found.lineage.phases:
-            origin = found.checkpoint or found.parent
-            assert origin is not None
-            yield f"goes on from {origin.path}: {len(found.lineage.phases)} phases, {found.lineage.tokens:,} tokens"
+        found = find_inputs(config, origin)
         for index, stream, after in plan_phases(found):
-            record = after.phases[-1]
-            reading[index] = [
-                *_reading(record),
-                *(f"warning: {line}" for line in notices(config.phases[index], stream)),
-            ]
-            if index == begin:
-                last_lr = record.start_lr
+            warned = (f"warning: {line}" for line in notices(config.phases[index], stream))
+            reading[index] = [*_reading(after.phases[-1]), *warned]
     total = flops = 0
     for index, phase in enumerate(config.phases):
         steps, seq_length = config.steps_of(phase), config.seq_length_of(phase)

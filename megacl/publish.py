@@ -89,15 +89,15 @@ def publish_folder(path: Path, what: str) -> Iterator[Path]:
 def alone_in(folder: Path, who: str) -> Iterator[None]:
     """Makes the folder, and keeps others who call this out of it; DataError where one is there, naming it as `who`.
 
-    The lock is the kernel's (flock): it ends with the process. Some network file systems have none; nothing is kept
-    out there.
+    The lock is the kernel's, on a file .lock inside (flock; over NFS a byte-range lock): it ends with the process. A
+    file system that has no locks keeps nobody out.
     """
-    with disk_errors(folder, "a folder"):
+    with disk_errors(folder / ".lock", "a lock"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise DataError(f"{folder}: not a folder; name another place.") from None
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,7 +7,7 @@ appended, and those that have not begun may be edited.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Found:
-    config: RunConfig
-    """With every source's generation pinned."""
-    inputs: Inputs
+class Origin:
+    """What a run goes on from."""
+
+    stored: RunConfig | None
+    """The configuration that the run directory holds."""
     checkpoint: Checkpoint | None
     """The run's own newest one."""
     parent: Checkpoint | None
@@ -58,12 +59,23 @@ class Found:
         return 0 if self.checkpoint is None or self.checkpoint.state.phase_end else self.checkpoint.state.samples
 
 
-def find_run(config: RunConfig, run_dir: Path, newest: Path | None, *, resume: bool) -> Found:
-    """What a run directory and `start_from` hold, checked against the configuration.
+@dataclass(frozen=True)
+class Found:
+    """All that a run begins with."""
+
+    config: RunConfig
+    """With every source's generation pinned."""
+    inputs: Inputs
+    origin: Origin
+
+
+def find_origin(
+    config: RunConfig, run_dir: Path, newest: Path | None, *, resume: bool, warn: Callable[[str], None]
+) -> Origin:
+    """What a run directory and `start_from` hold, checked against the configuration; no data is looked at.
 
     newest: the directory's newest good checkpoint. Raises ConfigError where the directory holds a run with other
-    settings, DataError where data or tokenizer are not what the run or its model had, CheckpointError where there is
-    nothing to start from.
+    settings, CheckpointError where there is nothing to start from.
     """
     checkpoint = open_checkpoint(newest) if newest is not None else None
     stored = checkpoint.config if checkpoint else None
@@ -77,14 +89,19 @@ def find_run(config: RunConfig, run_dir: Path, newest: Path | None, *, resume: b
         _check_same_run(config, stored, begun, run_dir)
     parent = None
     if config.start_from is not None and checkpoint is None:
-        parent = open_checkpoint(find_checkpoint(config.start_from))
-    config = _pin_generations(config, stored)
+        parent = open_checkpoint(find_checkpoint(config.start_from, warn))
     history = checkpoint or parent
-    inputs = _open_inputs(config, history.lineage if history else Lineage())
     if history is not None:
         _check_same_model(config, history)
-        _check_same_data(config, inputs, history)
-    return Found(config, inputs, checkpoint, parent)
+    return Origin(stored, checkpoint, parent)
+
+
+def find_inputs(config: RunConfig, origin: Origin) -> Found:
+    """The run with its data opened. Raises DataError where data or tokenizer are not what the run or its model had."""
+    config = _pin_generations(config, origin.stored)
+    inputs = _open_inputs(config, origin.lineage)
+    _check_same_data(config, inputs, origin.lineage)
+    return Found(config, inputs, origin)
 
 
 def _open_inputs(config: RunConfig, lineage: Lineage) -> Inputs:
@@ -179,10 +196,10 @@ def _check_same_model(config: RunConfig, history: Checkpoint) -> None:
             )
 
 
-def _check_same_data(config: RunConfig, inputs: Inputs, history: Checkpoint) -> None:
+def _check_same_data(config: RunConfig, inputs: Inputs, lineage: Lineage) -> None:
     """Raises DataError where a source of a phase that this run has begun is other data now."""
     names = {phase.name for phase in config.phases}
-    for phase in history.lineage.phases:
+    for phase in lineage.phases:
         if phase.name not in names:
             continue  # a phase of an earlier run: its sources are opened by their record where they are replayed
         for record in phase.sources:

@@ -11,7 +11,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -21,9 +21,10 @@ from megacl.config import PhaseConfig, RunConfig
 from megacl.configfile import dump
 from megacl.data.loader import Loader
 from megacl.data.provide import missing_sources, provide_sources
+from megacl.data.shards import Source
 from megacl.engine import Engine, build_engine
 from megacl.errors import DataError, DivergedError
-from megacl.evaluate import evaluate_sources, sources_of
+from megacl.evaluate import EvaluationStopped, evaluate_sources, sources_of
 from megacl.kernels import chosen as kernels_chosen
 from megacl.lineage import save_lineage
 from megacl.log import RunLog
@@ -31,7 +32,7 @@ from megacl.model.gpt import build_model, count_parameters, flops_per_token
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
 from megacl.plan import begin_phase, check_batches, notices, open_phase, plan_phases, schedule_of
 from megacl.publish import alone_in, publish_text
-from megacl.resume import Found, find_run
+from megacl.resume import Found, find_inputs, find_origin
 
 Outcome = Literal["done", "stopped"]
 
@@ -52,17 +53,19 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
     )
     try:
         with _StopSignal() as stop, contextlib.ExitStack() as until_the_end:
-            newest = None
+            newest, locked = None, False
             with ranks.together():
                 check_batches(config, ranks.world_size)
                 _provide(config, ranks, log, stop)
                 if ranks.rank == 0:
-                    if run_dir.exists():  # one that is not there yet is made, and locked, where nothing stops the run
+                    locked = run_dir.exists()  # one that is not there is made, and locked, where nothing is wrong
+                    if locked:
                         until_the_end.enter_context(alone_in(run_dir, "another run"))
                     newest = newest_checkpoint(run_dir, log.warn)
             newest = ranks.broadcast(newest)
             with ranks.together():
-                found = find_run(config, run_dir, newest, resume=resume)
+                origin = find_origin(config, run_dir, newest, resume=resume, warn=log.warn)
+                found = find_inputs(config, origin)
                 for index, stream, _ in plan_phases(found):  # what would stop phase 3 stops the run before it writes
                     for line in notices(found.config.phases[index], stream):
                         log.warn(line)
@@ -70,8 +73,10 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
             engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=ranks)
             with ranks.together():
                 if ranks.rank == 0:
-                    if not run_dir.exists():
+                    if not locked:
                         until_the_end.enter_context(alone_in(run_dir, "another run"))
+                        if (run_dir / "config.yaml").exists():
+                            raise DataError(f"{run_dir}: another run has begun there meanwhile; name another run_dir.")
                     sweep_unfinished(run_dir)
                     publish_text(run_dir / "config.yaml", dump(found.config), "the configuration")
             return _Run(found, run_dir, ranks, log, engine, stop).train()
@@ -101,11 +106,12 @@ class _Run:
     def __init__(
         self, found: Found, run_dir: Path, ranks: Ranks, log: RunLog, engine: Engine, stop: "_StopSignal"
     ) -> None:
-        self.found, self.config, self.inputs = found, found.config, found.inputs
+        self.origin, self.config, self.inputs = found.origin, found.config, found.inputs
         self.run_dir, self.ranks, self.log, self.engine, self.stop = run_dir, ranks, log, engine, stop
-        self.lineage = found.lineage
-        self.step = found.checkpoint.state.step if found.checkpoint else 0
-        self.last_good = found.checkpoint.path if found.checkpoint else None
+        self.lineage = found.origin.lineage
+        checkpoint = found.origin.checkpoint
+        self.step = checkpoint.state.step if checkpoint else 0
+        self.last_good = checkpoint.path if checkpoint else None
         self.skipped = 0
         self.evaluated, problems = sources_of(self.lineage, self.inputs.sources)
         for problem in problems:
@@ -115,25 +121,40 @@ class _Run:
 
     def train(self) -> Outcome:
         """Loads what there is to go on from, and trains the phases that are left."""
-        found, phases = self.found, self.config.phases
+        origin, phases = self.origin, self.config.phases
         self.log.say(self._greeting())
-        origin = found.checkpoint or found.parent
-        if origin is not None:
+        loaded = origin.checkpoint or origin.parent
+        if loaded is not None:
             self.engine.import_state(
-                origin.load_state(), optimizer_step=origin.state.optimizer_step, loss_scale=origin.state.loss_scale
+                loaded.load_state(), optimizer_step=loaded.state.optimizer_step, loss_scale=loaded.state.loss_scale
             )
         with self.ranks.together():
-            self.log.keep_until(self.step if found.checkpoint else -1)
+            self.log.keep_until(self.step if origin.checkpoint else -1)
             self._publish_lineage()
-        if found.checkpoint is None:
-            self._evaluate(phases[0].name, "start")
-        elif not self.ranks.any(self.log.has_evaluation(self.step)):
-            # The save comes first, so a run that was stopped or killed then owes the evaluation of that step.
-            self._evaluate_if_due(phases[found.checkpoint.state.phase], ended=found.checkpoint.state.phase_end)
-        for index in range(found.phase, len(phases)):
-            if self._train_phase(index, found.samples if index == found.phase else 0) == "stopped":
+        try:
+            self._evaluate_what_is_owed()
+        except EvaluationStopped:
+            self.log.say("told to stop before the first step; the same command goes on")
+            return "stopped"
+        for index in range(origin.phase, len(phases)):
+            if self._train_phase(index, origin.samples if index == origin.phase else 0) == "stopped":
                 return "stopped"
         return "done"
+
+    def _evaluate_what_is_owed(self) -> None:
+        """Where a run begins, every source; where it goes on, those that the checkpoint's step still lacks.
+
+        The save comes before the evaluation, so a run that was stopped or killed in between owes it; and a phase that
+        was appended may bring new sources, whose loss before it is worth knowing.
+        """
+        checkpoint, phases = self.origin.checkpoint, self.config.phases
+        if checkpoint is None:
+            self._evaluate(phases[0].name, "start", self.evaluated)
+            return
+        done = self.ranks.broadcast(self.log.evaluated_at(self.step))
+        owed = {name: source for name, source in self.evaluated.items() if name not in done}
+        if owed:
+            self._evaluate_if_due(phases[checkpoint.state.phase], owed, ended=checkpoint.state.phase_end)
 
     def _publish_lineage(self) -> None:
         if self.ranks.rank == 0:
@@ -144,7 +165,10 @@ class _Run:
         size = f"{count_parameters(config.model):,} parameters"
         what = f"{size}, {config.engine.kind} engine, {self.ranks.world_size} rank(s)"
         kernels = ", ".join(f"{op}: {form}" for op, form in kernels_chosen().items())
-        where = f"going on at step {self.step}" if self.step else "from the beginning"
+        parent = self.origin.parent
+        where = (
+            f"from {parent.path}" if parent else f"going on at step {self.step}" if self.step else "from the beginning"
+        )
         return f"run {self.run_dir}: {what}, {kernels}; {config.total_steps} steps, {where}"
 
     def _train_phase(self, index: int, samples: int) -> Outcome:
@@ -175,12 +199,20 @@ class _Run:
             self.lineage = self.lineage.with_phase(stream.seen(samples, lr))
             ended = samples == steps * batch_size
             told_to_stop = self.ranks.any(self.stop.received)
-            if ended or told_to_stop or _due(self.step, config.checkpoint.every_steps):
-                self._save(RunState(step=self.step, phase=index, samples=samples, phase_end=ended))
+            state = RunState(step=self.step, phase=index, samples=samples, phase_end=ended)
+            saved = ended or told_to_stop or _due(self.step, config.checkpoint.every_steps)
+            if saved:
+                self._save(state)
+            if not told_to_stop:
+                try:
+                    self._evaluate_if_due(phase, self.evaluated, ended=ended)
+                except EvaluationStopped:
+                    told_to_stop = True
+                    if not saved:
+                        self._save(state)
             if told_to_stop:
                 self.log.say(f"told to stop: saved at step {self.step}; the same command goes on from there")
                 return "stopped"
-            self._evaluate_if_due(phase, ended=ended)
         return "done"
 
     def _step(self, phase: PhaseConfig, tokens: Any, lr: float, *, samples: int, tokens_seen: int) -> None:
@@ -194,9 +226,8 @@ class _Run:
         tolerated = _MAX_SKIPPED if config.engine.precision == "fp16" else 0
         if not math.isfinite(result.loss) or self.skipped > tolerated:
             what = "loss" if not math.isfinite(result.loss) else "gradient"
-            good = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was saved yet"
             raise DivergedError(
-                f"step {self.step}: the {what} is not finite, and the update was not made; {good}. "
+                f"step {self.step}: the {what} is not finite, and the update was not made; {self._last_good()}. "
                 "Lower max_lr or lengthen the warm-up in a new run_dir, or look at the batch's data."
             )
         rate = config.tokens_per_step(phase) / seconds
@@ -218,19 +249,20 @@ class _Run:
         text = f"{phase.name}  loss {result.loss:.4f}  lr {lr:.3g}  {rate:,.0f} tokens/s  {flops / 1e9:,.1f} GFLOP/s"
         self.log.progress(self.step, config.total_steps, text)
 
-    def _evaluate_if_due(self, phase: PhaseConfig, *, ended: bool) -> None:
+    def _evaluate_if_due(self, phase: PhaseConfig, sources: Mapping[str, Source], *, ended: bool) -> None:
         if ended or _due(self.step, self.config.evaluation.every_steps):
-            self._evaluate(phase.name, "end" if ended else "interval")
+            self._evaluate(phase.name, "end" if ended else "interval", sources)
 
-    def _evaluate(self, phase: str, at: str) -> None:
+    def _evaluate(self, phase: str, at: str, sources: Mapping[str, Source]) -> None:
         evaluation = self.config.evaluation
         results = evaluate_sources(
             self.engine,
             self.ranks,
-            self.evaluated,
+            sources,
             seq_length=self.config.seq_length,
             micro_batch_size=evaluation.micro_batch_size,
             sequences=evaluation.sequences,
+            stop=lambda: self.stop.received,
         )
         self.log.record(
             "evaluation",
@@ -243,6 +275,15 @@ class _Run:
         if results:
             losses = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
             self.log.say(f"held-out loss at step {self.step}: {losses}")
+        broken = [name for name, result in results.items() if not math.isfinite(result.loss)]
+        if broken:
+            raise DivergedError(
+                f"step {self.step}: the held-out loss of {', '.join(broken)} is not finite; {self._last_good()}. "
+                "Lower max_lr or lengthen the warm-up in a new run_dir."
+            )
+
+    def _last_good(self) -> str:
+        return f"the last checkpoint is {self.last_good}" if self.last_good else "no checkpoint was saved yet"
 
     def _save(self, state: RunState) -> None:
         self.last_good = save_checkpoint(
@@ -291,6 +332,8 @@ class _StopSignal:
         """A block that a signal ends where it stands, by _ToldToStop."""
         self._at_once = True
         try:
+            if self.received:
+                raise _ToldToStop
             yield
         finally:
             self._at_once = False

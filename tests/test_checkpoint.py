@@ -25,7 +25,7 @@ def run(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_parameter_stands_whole_under_its_name_with_its_moments(run: Path) -> None:
-    checkpoint = open_checkpoint(find_checkpoint(str(run)))
+    checkpoint = open_checkpoint(find_checkpoint(str(run), pytest.fail))
     weights = load_file(checkpoint.path / "weights.safetensors")
     moments = load_file(checkpoint.path / "optimizer.safetensors")
     shapes = {name: tuple(p.shape) for name, p in build_model(checkpoint.config.model, seed=0).named_parameters()}
@@ -38,8 +38,8 @@ def test_every_parameter_stands_whole_under_its_name_with_its_moments(run: Path)
 
 def test_a_checkpoint_is_enough_to_use_the_model_without_the_data(run: Path, tmp_path: Path) -> None:
     alone = tmp_path / "model"
-    shutil.copytree(find_checkpoint(str(run)), alone)
-    checkpoint = open_checkpoint(find_checkpoint(str(alone)))
+    shutil.copytree(find_checkpoint(str(run), pytest.fail), alone)
+    checkpoint = open_checkpoint(find_checkpoint(str(alone), pytest.fail))
     assert checkpoint.tokenizer().decode(checkpoint.tokenizer().encode(["Hallo"])[0]) == "Hallo"
     assert checkpoint.lineage.tokens == metrics(run, "step")[-1]["tokens"]
 
@@ -50,7 +50,7 @@ def test_a_checkpoint_is_enough_to_use_the_model_without_the_data(run: Path, tmp
 )
 def test_one_flipped_byte_in_any_file_is_found_and_named(run: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / "step-00000020"
-    shutil.copytree(find_checkpoint(str(run)), path)
+    shutil.copytree(find_checkpoint(str(run), pytest.fail), path)
     assert verify_checkpoint(path) == []
     content = bytearray((path / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -60,7 +60,7 @@ def test_one_flipped_byte_in_any_file_is_found_and_named(run: Path, tmp_path: Pa
 
 def test_missing_and_truncated_files_and_manifests_are_named(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "step-00000020"
-    shutil.copytree(find_checkpoint(str(run)), path)
+    shutil.copytree(find_checkpoint(str(run), pytest.fail), path)
     size = (path / "weights.safetensors").stat().st_size
     with open(path / "weights.safetensors", "r+b") as file:
         file.truncate(size - 1)
@@ -102,7 +102,7 @@ def test_the_newest_good_checkpoint_is_found_whatever_lies_beside_it(run: Path, 
 )
 def test_a_reference_to_what_is_not_there_says_what_is(run: Path, tmp_path: Path, reference: str, message: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        find_checkpoint(reference.format(tmp=tmp_path, run=run))
+        find_checkpoint(reference.format(tmp=tmp_path, run=run), pytest.fail)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -112,7 +112,24 @@ def test_a_damaged_checkpoint_that_is_asked_for_by_name_is_refused(run: Path, tm
     shutil.copytree(run, copy)
     (copy / "checkpoints" / "step-00000012" / "weights.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="this checkpoint is damaged"):
-        find_checkpoint(f"{copy}@english")
+        find_checkpoint(f"{copy}@english", pytest.fail)
+
+
+def test_a_damaged_phase_end_is_no_hindrance_to_finding_another(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "checkpoints" / "step-00000012" / "lineage.json").write_text("{")
+    assert find_checkpoint(f"{copy}@german", pytest.fail).name == "step-00000020"
+    assert find_checkpoint(f"{copy}@15", pytest.fail).name == "step-00000015"
+
+
+def test_a_damaged_newest_checkpoint_of_a_run_is_named_and_the_newest_good_one_taken(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "checkpoints" / "step-00000020" / "weights.safetensors").write_bytes(b"")
+    warnings: list[str] = []
+    assert find_checkpoint(str(copy), warnings.append).name == "step-00000015"
+    assert "step-00000020/weights.safetensors: has 0 bytes" in warnings[0]
 
 
 def test_saving_the_same_run_twice_gives_the_same_tensors(prepared: Prepared, run: Path, tmp_path: Path) -> None:

@@ -133,6 +133,29 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_takes_the_rate_to_go_on_from_also_where_data_is_not_prepared(
+    run: Path, prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    sources = {"new": {"path": str(tmp_path / "new"), "documents": [str(prepared.documents["german"])]}}
+    phases = [
+        {"name": "next", "mixture": {"new": 1}, "steps": 2, "schedule": {"kind": "constant", "max_lr": "last"}},
+    ]
+    config = prepared.config_file(
+        tmp_path / "run", sources=sources, phases=phases, tokenizer={"path": str(prepared.tokenizer)}
+    )
+    status, out, _ = command_line(capsys, "train", config, f"start_from={run}", "--dry-run")
+    assert status == 0
+    assert "source new: not prepared yet" in out
+    assert "schedule constant: 0.0005 at the first update" in out
+
+
+def test_a_long_override_is_no_file_name(prepared: Prepared, tmp_path: Path, capsys: Capture) -> None:
+    config = prepared.config_file(tmp_path / "run")
+    schedule = "{kind: cosine, max_lr: 1e-3}"
+    phases = ", ".join(f"{{name: p{n}, mixture: {{english: 1}}, steps: 2, schedule: {schedule}}}" for n in range(5))
+    assert command_line(capsys, "train", config, f"phases=[{phases}]", "--dry-run")[0] == 0
+
+
 def test_the_shipped_models_resolve_with_a_recipe_on_top(prepared: Prepared, tmp_path: Path, capsys: Capture) -> None:
     config = prepared.config_file(tmp_path / "run")
     status, out, _ = command_line(capsys, "train", config, "model/405m.yaml", "--dry-run")

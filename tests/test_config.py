@@ -182,9 +182,9 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: str, 
 
 def test_names_that_look_like_numbers_or_truth_values_come_back_as_they_were(base: str, tmp_path: Path) -> None:
     over = tmp_path / "over.yaml"
-    over.write_text("run_dir: '3e-4'\nsources:\n  no: {path: '1e5'}\n  2024: {path: 'on'}\n")
+    over.write_text("run_dir: '3e-4'\nsources:\n  no: {path: '1e5'}\n  2024: {path: 'on'}\n  2026-11-24: {path: '1'}\n")
     config = load([base, str(over)])
-    assert list(config.sources) == ["a", "b", "no", "2024"]
+    assert list(config.sources) == ["a", "b", "no", "2024", "2026-11-24"]
     assert (config.run_dir, config.sources["no"].path, config.sources["2024"].path) == ("3e-4", "1e5", "on")
     again = tmp_path / "again.yaml"
     again.write_text(dump(config))

@@ -20,6 +20,7 @@ from megacl.configfile import from_tree, load
 from megacl.data.shards import open_source
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.errors import CheckpointError, ConfigError, DataError, DivergedError
+from megacl.evaluate import forgetting_table
 from megacl.lineage import load_lineage
 from megacl.model.gpt import build_model
 from megacl.publish import alone_in
@@ -200,7 +201,7 @@ def test_a_signal_from_outside_saves_and_exits_with_75(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert "told to stop" in err
-    checkpoint = open_checkpoint(find_checkpoint(str(run_dir)))
+    checkpoint = open_checkpoint(find_checkpoint(str(run_dir), pytest.fail))
     assert checkpoint.state.step == len(metrics(run_dir, "step"))
 
 
@@ -213,7 +214,7 @@ def test_a_signal_that_comes_while_a_run_starts_is_not_lost(prepared: Prepared, 
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert open_checkpoint(find_checkpoint(str(tmp_path / "run"))).state.step == 1
+    assert "told to stop before the first step; the same command goes on" in err
 
 
 def blocks_usr1(pid: int) -> bool:
@@ -307,6 +308,52 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(prepared: Prepared, wh
 def test_a_second_run_is_kept_out_of_a_run_directory(prepared: Prepared, whole: Path) -> None:
     with alone_in(whole, "a test"), pytest.raises(DataError, match="another run is at work there"):
         train(from_tree(prepared.tree(whole)))
+
+
+def test_of_two_runs_that_begin_at_once_in_a_new_directory_one_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    phases = [{**prepared.tree(tmp_path)["phases"][0], "steps": 400}]
+    config = prepared.config_file(tmp_path / "run", phases=phases)
+    processes = [start("train", config, f"seed={seed}") for seed in (0, 7)]
+    ended = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    statuses = sorted(status for _, status in ended)
+    assert statuses == [0, 2], ended
+    assert any("another run" in err for err, status in ended if status == 2)
+    assert len(metrics(tmp_path / "run", "step")) == 400
+
+
+def test_an_evaluation_under_way_gives_way_to_a_signal_and_the_step_is_saved(
+    prepared: Prepared, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megacl.engine import Engine
+
+    original = Engine.nats
+    calls = []
+
+    def nats(self: Any, tokens: Any, targets: Any) -> float:
+        calls.append(1)
+        if len(calls) == 5:  # the second batch of the first interval's evaluation
+            signal.raise_signal(signal.SIGUSR1)
+        return original(self, tokens, targets)
+
+    monkeypatch.setattr(Engine, "nats", nats)
+    tree = prepared.tree(tmp_path / "run", evaluation={"every_steps": 4, "sequences": 8, "micro_batch_size": 4})
+    assert train(from_tree(tree)) == "stopped"
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000004"]
+    assert [record["step"] for record in metrics(tmp_path / "run", "evaluation")] == [0]
+    assert train(from_tree(tree)) == "done"
+    assert [record["step"] for record in metrics(tmp_path / "run", "evaluation")] == [0, 4, 8, 12, 16, 20]
+    assert last_state(tmp_path / "run") == last_state(whole)
+
+
+def test_a_source_that_an_appended_phase_brings_is_evaluated_before_it(prepared: Prepared, tmp_path: Path) -> None:
+    tree = prepared.tree(tmp_path / "run")
+    phases, german = tree["phases"], tree["sources"].pop("german")
+    tree["phases"] = phases[:1]
+    train(from_tree(tree))
+    tree["phases"], tree["sources"]["german"] = phases, german
+    train(from_tree(tree))
+    seen = [(record["step"], sorted(record["sources"])) for record in metrics(tmp_path / "run", "evaluation")]
+    assert seen == [(0, ["english"]), (12, ["english"]), (12, ["german"]), (20, ["english", "german"])]
 
 
 def test_what_killed_saves_left_is_swept_away(prepared: Prepared, whole: Path, tmp_path: Path) -> None:
@@ -521,9 +568,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     with pytest.raises(DivergedError, match=r"step \d+: the (loss|gradient) is not finite.*step-00000012") as caught:
         train(from_tree(tree))
     assert caught.value.exit_status == 1
-    final = find_checkpoint(str(tmp_path / "run"))
+    final = find_checkpoint(str(tmp_path / "run"), pytest.fail)
     assert all(np.isfinite(np.frombuffer(tensor, dtype=np.float32)).all() for tensor in state(final).values())
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))
+
+
+def test_weights_that_are_not_finite_are_never_saved(prepared: Prepared, tmp_path: Path) -> None:
+    tree = prepared.tree(tmp_path / "run")
+    tree["phases"][1] |= {"steps": 1, "schedule": {"kind": "constant", "max_lr": 1e39}}
+    with pytest.raises(DivergedError, match=r"step 13: .* is not finite.*the last good one is .*step-00000012"):
+        train(from_tree(tree))
+    assert list_checkpoints(tmp_path / "run")[-1].name == "step-00000012"
+
+
+def test_a_held_out_loss_that_is_not_finite_is_recorded_as_null_and_ends_the_run(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    tree = prepared.tree(tmp_path / "run")
+    tree["phases"][1] |= {"steps": 1, "schedule": {"kind": "constant", "max_lr": 1e25}}
+    with pytest.raises(DivergedError, match="the held-out loss of english, german is not finite"):
+        train(from_tree(tree))
+    evaluations = metrics(tmp_path / "run", "evaluation")
+    assert evaluations[-1]["sources"]["german"]["loss"] is None
+    assert all(math.isnan(row.forgetting) for row in forgetting_table(evaluations))
 
 
 def test_records_stay_json_where_numbers_are_not_finite(prepared: Prepared, tmp_path: Path) -> None:

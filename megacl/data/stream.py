@@ -381,6 +381,12 @@ class PhaseStream:
             for source in read
             if source.epochs > 1
         ]
+        lines += [
+            f"phase {whole.name!r} reads source {source.name!r} in an order of its own, of which the model has read "
+            f"{source.tokens_before:,} tokens in another (other generation, seed or seq_length): some come again"
+            for source in read
+            if source.tokens_before and not source.first and source.epochs <= 1
+        ]
         if replay:
             for entry, replayed_phase in zip(replay.from_, self._replayed_phases, strict=True):
                 rounds = (replayed_phase.first + entry.samples) / replayed_phase.recut.n

@@ -211,6 +211,15 @@ def test_what_was_read_in_another_cut_or_order_counts_as_read() -> None:
         assert stream.repeats() == ["phase 'p1': by its end the model has read source 's0' 1.80 times over"]
 
 
+def test_reading_in_another_order_what_was_partly_read_is_said() -> None:
+    sources = {"s0": counting_source(0, 200 * T + 1)}
+    lineage = finish(Lineage(), begin(Lineage(), phase_config("p0", {"s0": 1}, 8), sources, seq_length=T, batch=10))
+    stream = begin(lineage, phase_config("p1", {"s0": 1}, 8), sources, seq_length=T, batch=10, seed=1)
+    assert ["320 tokens in another" in line for line in stream.repeats()] == [True]
+    stream = begin(lineage, phase_config("p1", {"s0": 1}, 8), sources, seq_length=T, batch=10)
+    assert stream.repeats() == []
+
+
 def test_a_source_too_small_for_one_sequence_is_refused() -> None:
     sources = {"s0": counting_source(0, T)}
     with pytest.raises(DataError, match="too few for one sequence of 4"):
