@@ -81,7 +81,7 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
                     publish_text(run_dir / "config.yaml", dump(found.config), "the configuration")
             return _Run(found, run_dir, ranks, log, engine, stop).train()
     except _ToldToStop:
-        log.say("told to stop while data was prepared; the same command goes on with what is left")
+        log.say("told to stop before training began; the same command goes on")
         return "stopped"
     finally:
         log.close()
@@ -134,7 +134,7 @@ class _Run:
         try:
             self._evaluate_what_is_owed()
         except EvaluationStopped:
-            self.log.say("told to stop before the first step; the same command goes on")
+            self.log.say("told to stop before training began; the same command goes on")
             return "stopped"
         for index in range(origin.phase, len(phases)):
             if self._train_phase(index, origin.samples if index == origin.phase else 0) == "stopped":

@@ -214,7 +214,7 @@ def test_a_signal_that_comes_while_a_run_starts_is_not_lost(prepared: Prepared, 
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert "told to stop before the first step; the same command goes on" in err
+    assert "told to stop before training began; the same command goes on" in err
 
 
 def blocks_usr1(pid: int) -> bool:
@@ -380,7 +380,7 @@ def test_a_signal_while_data_is_prepared_ends_with_75(prepared: Prepared, tmp_pa
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert "told to stop while data was prepared" in err
+    assert "told to stop before training began" in err
     assert not (tmp_path / "data" / "manifest.json").exists()
 
 
