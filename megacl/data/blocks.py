@@ -1,9 +1,9 @@
 """Blocks of raw documents -> shards in a work folder, on several processes, each block once.
 
 A block leaves in the work folder at most one train and one validation shard and then its result file, KEY.json, each
-published by rename. The key is a hash of the block's files (samples of their content, times of change), its place in
-them and of all that decides what becomes of it, so a later call finds what an interrupted one has done and does the
-rest, also where the files go by other names; mending one bad file costs that file alone.
+published by rename. The key is a hash of the content of the block's files, its place in them and all that decides what
+becomes of it, so a later call finds what an interrupted one has done and does the rest, whatever the files' names and
+dates; mending one bad file costs that file alone.
 
 A worker holds one block as text and tokens: at most 0.5 GB with blocks of 32 MB, whatever the inputs' size (measured:
 170 MB for prose, 370 MB where every byte becomes a token, 460 MB for millions of documents of a few words).
@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from megacl.data.documents import Block, read_segment
-from megacl.data.manifest import ShardRow, Split
+from megacl.data.manifest import InputFile, ShardRow, Split
 from megacl.data.shards import Tokens, token_dtype, write_shard
 from megacl.data.tokenizer import load_tokenizer
 from megacl.data.workers import run_on_workers
@@ -43,14 +43,10 @@ class Recipe:
     field: str
     skip_bad: bool
 
-    def key(self, block: Block) -> str:
-        """The name of a block's files in the work folder."""
+    def key(self, block: Block, contents: Mapping[str, str]) -> str:
+        """The name of a block's files in the work folder; contents: the SHA-256 of each input file, by its name."""
         settings = [self.tokenizer_fingerprint, self.validation, self.field]
-        # A sample does not notice every line that is mended in place; the time of change does.
-        segments = [
-            [segment.file.record.sample_sha256, segment.file.modified_ns, segment.start, segment.end]
-            for segment in block
-        ]
+        segments = [[contents[segment.file.name], segment.start, segment.end] for segment in block]
         return hashlib.sha256(json.dumps([settings, segments]).encode()).hexdigest()[:32]
 
 
@@ -68,12 +64,19 @@ _DONE = TypeAdapter(Done)
 
 
 def prepare_blocks(
-    blocks: Iterator[Block], recipe: Recipe, work: Path, workers: int, progress: Callable[[int], None] | None
+    blocks: Iterator[Block],
+    inputs: Sequence[InputFile],
+    recipe: Recipe,
+    work: Path,
+    workers: int,
+    progress: Callable[[int], None] | None,
 ) -> list[Done]:
     """What became of every block, in order: found in the work folder, or done now.
 
-    progress is called with the bytes of input done. Raises what read_segment, write_shard and run_on_workers raise.
+    inputs: the files that the blocks were cut from. progress is called with the bytes of input done. Raises what
+    read_segment, write_shard and run_on_workers raise.
     """
+    contents = {each.name: each.sha256 for each in inputs}
     with disk_errors(work, "the work folder"):
         work.mkdir(exist_ok=True)
         for file in work.glob(".*.tmp"):
@@ -85,7 +88,7 @@ def prepare_blocks(
     def undone() -> Iterator[tuple[str, Block]]:
         nonlocal found_cost
         for block in blocks:
-            keys.append(recipe.key(block))
+            keys.append(recipe.key(block, contents))
             found = _read_done(work, keys[-1])
             if found and (recipe.skip_bad or not found.bad_lines):
                 done[keys[-1]] = found

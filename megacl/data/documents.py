@@ -5,6 +5,9 @@ order of their names. A line is one document: a JSON object with the text in one
 block is about `block_bytes` of consecutive input, over several files where they are small. Of a plain file a block
 carries byte positions only, and a line belongs to the block in which it begins; a compressed file cannot be entered in
 the middle, so its blocks carry the decompressed lines. How inputs are cut depends on the inputs and block_bytes alone.
+
+A file is known by the SHA-256 of its whole content, taken before it is cut; a file that changes between that and the
+end of its reading, by its size or its time of change, is refused, so that no hash stands for other lines than it saw.
 """
 
 import contextlib
@@ -14,8 +17,10 @@ import io
 import json
 import os
 import stat
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import zstandard
@@ -29,25 +34,18 @@ BLOCK_BYTES = 32 * 2**20
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 _READ_BYTES = 2**17
-_SAMPLE_BYTES = 2**16
+_HASH_BYTES = 2**20
 # Some public collections are compressed with `zstd --long=31`, which needs this much to decompress.
 _ZSTD_WINDOW = 2**31
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """An input on disk: what a manifest records of it, and when it last changed (ns), which a copy need not keep."""
+    """An input on disk as it was found: its name as given, its size in bytes, and when it last changed (ns)."""
 
-    record: InputFile
+    name: str
+    size: int
     modified_ns: int
-
-    @property
-    def name(self) -> str:
-        return self.record.name
-
-    @property
-    def size(self) -> int:
-        return self.record.size
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,8 @@ class Inputs:
 def find_inputs(inputs: Sequence[str]) -> Inputs:
     """The files that the inputs name, links and folders behind links included.
 
-    DataError: one is missing, empty, unreadable, of an unknown form, or has the content of another one; a folder has a
-    link to nothing in it, or a folder that cannot be read.
+    DataError: one is missing, empty, unreadable, or of an unknown form; a folder has a link to nothing in it, or a
+    folder that cannot be read.
     """
     names: list[str] = []
     passed_over: list[str] = []
@@ -105,12 +103,7 @@ def find_inputs(inputs: Sequence[str]) -> Inputs:
             )
         else:
             names.append(name)
-    files: dict[str, RawFile] = {}
-    for name in names:
-        file = _describe(name)
-        if (first := files.setdefault(file.record.sample_sha256, file)) is not file:
-            raise DataError(f"{name}: its content is given twice, the first time as {first.name}. Leave one out.")
-    return Inputs(tuple(files.values()), tuple(map(_printable, passed_over)))
+    return Inputs(tuple(map(_describe, names)), tuple(map(_printable, passed_over)))
 
 
 def _search(folder: str) -> tuple[list[str], list[str]]:
@@ -158,19 +151,37 @@ def _describe(name: str) -> RawFile:
         raise DataError(f"{name}: not a file but a pipe or a device. Write its content to a file and give that.")
     with _named(name), open(name, "rb") as file:
         facts = os.fstat(file.fileno())
-        sample = _sample_sha256(file, facts.st_size)
     if facts.st_size == 0:
         raise DataError(f"{name}: the file is empty. Leave it out, or look at what should have written it.")
-    return RawFile(InputFile(name=name, size=facts.st_size, sample_sha256=sample), facts.st_mtime_ns)
+    return RawFile(name, facts.st_size, facts.st_mtime_ns)
 
 
-def _sample_sha256(file: io.BufferedReader, size: int) -> str:
-    """Tells files apart at the cost of three reads; up to 192 KiB by every byte of them."""
-    digest = hashlib.sha256(f"{size}\n".encode())
-    for start in (0, (size - _SAMPLE_BYTES) // 2, size - _SAMPLE_BYTES):
-        file.seek(max(0, start))
-        digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+def identify(files: Sequence[RawFile], threads: int) -> tuple[InputFile, ...]:
+    """What a manifest records of the files, in order: it reads all of them, as many at once as there are threads.
+
+    DataError: a file has the content of another one, changed since it was found, or cannot be read.
+    """
+    stopped = threading.Event()
+
+    def describe(file: RawFile) -> InputFile:
+        digest = hashlib.sha256()
+        with _named(file.name), open(file.name, "rb", buffering=0) as raw:
+            while not stopped.is_set() and (piece := raw.read(_HASH_BYTES)):
+                digest.update(piece)
+            _check_unchanged(file, os.stat(file.name))
+        return InputFile(name=file.name, size=file.size, sha256=digest.hexdigest())
+
+    records: dict[str, InputFile] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for record in pool.map(describe, files):
+                if (first := records.setdefault(record.sha256, record)) is not record:
+                    raise DataError(
+                        f"{record.name}: its content is given twice, the first time as {first.name}. Leave one out."
+                    )
+        finally:
+            stopped.set()  # the pool waits for what its threads have begun; not for long after an error or Ctrl-C
+    return tuple(records.values())
 
 
 def _check_unchanged(file: RawFile, facts: os.stat_result) -> None:
@@ -213,12 +224,12 @@ def _cut_plain(file: RawFile, block_bytes: int) -> Iterator[Segment]:
 def _cut_compressed(file: RawFile, block_bytes: int) -> Iterator[Segment]:
     start = lines = spent = 0
     with _named(file.name), open(file.name, "rb") as raw:
-        _check_unchanged(file, os.fstat(raw.fileno()))  # before what is read of it goes under the old file's key
-        for content in _whole_lines(_decompress(raw, file.name), block_bytes):
+        _check_unchanged(file, os.fstat(raw.fileno()))
+        for content in _whole_lines(_decompress(raw, file), block_bytes):
+            _check_unchanged(file, os.stat(file.name))  # before these lines go under the key of the content hashed
             end, cost = start + len(content), raw.tell() - spent
             yield Segment(file, start, end, cost, content, lines)
             start, spent, lines = end, spent + cost, lines + content.count(b"\n")
-        _check_unchanged(file, os.stat(file.name))
     if start == 0:
         raise DataError(f"{file.name}: nothing is in it but compression. Leave it out, or look at what wrote it.")
 
@@ -241,12 +252,13 @@ def _whole_lines(pieces: Iterator[bytes], block_bytes: int) -> Iterator[bytes]:
         yield bytes(held)
 
 
-def _decompress(raw: io.BufferedReader, name: str) -> Iterator[bytes]:
+def _decompress(raw: io.BufferedReader, file: RawFile) -> Iterator[bytes]:
     try:
-        yield from _gunzip(raw) if name.endswith(".gz") else _unzstd(raw)
+        yield from _gunzip(raw) if file.name.endswith(".gz") else _unzstd(raw)
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        _check_unchanged(file, os.stat(file.name))  # that would be why
         reason = "it ends in the middle" if isinstance(error, EOFError) else str(error)
-        raise DataError(f"{name}: cannot be decompressed ({reason}). Copy or download it again.") from None
+        raise DataError(f"{file.name}: cannot be decompressed ({reason}). Copy or download it again.") from None
 
 
 def _gunzip(raw: io.BufferedReader) -> Iterator[bytes]:
@@ -294,8 +306,10 @@ def read_segment(segment: Segment, field: str, skip_bad: bool = False) -> Iterat
 
 
 def read_documents(inputs: Sequence[str], field: str = "text") -> Iterator[str]:
-    """The text of every document of the inputs, in order. DataError as for find_inputs and read_segment."""
-    for block in cut_blocks(find_inputs(inputs).files):
+    """The text of every document of the inputs, in order. DataError as for find_inputs, identify and read_segment."""
+    files = find_inputs(inputs).files
+    identify(files, threads=1)  # refuses what is given twice
+    for block in cut_blocks(files):
         for segment in block:
             yield from filter(None, read_segment(segment, field))
 

@@ -68,11 +68,11 @@ class Totals:
 
 @dataclass(frozen=True, config=_STRICT)
 class InputFile:
-    """A raw input as it was when it was read: its name as given, its bytes, and a hash that knows it by any name."""
+    """A raw input as it was when it was read: its name as given, its bytes, and their hash."""
 
     name: str
     size: Count
-    sample_sha256: str  # of the size and 64 KiB each of its beginning, middle and end
+    sha256: str
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -27,12 +27,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megacl.data.blocks import Done, Recipe, prepare_blocks
-from megacl.data.documents import BLOCK_BYTES, Inputs, RawFile, cut_blocks, find_inputs
+from megacl.data.documents import BLOCK_BYTES, Inputs, cut_blocks, find_inputs, identify
 from megacl.data.manifest import (
     FORMAT,
     MANIFEST,
     VERSION,
     Generation,
+    InputFile,
     Manifest,
     ShardRow,
     TokenizerRecord,
@@ -91,7 +92,7 @@ def prepare(
     skip_bad: leave out lines without a document, and count them, instead of stopping. workers: processes; by default
     one for each core that this process may use. progress: called with the bytes of input done and in all.
     block_bytes: input that becomes one shard. A command that has been carried out already does nothing; input files are
-    known by their content, under any name.
+    known by their whole content, under any name, which is read once for that before all else.
 
     ConfigError: validation or workers out of range, source or field not UTF-8. DataError: the inputs, a line of them,
     the folder or the disk; fewer than 20 held-out documents in the whole folder. LaunchError: a worker was killed.
@@ -104,21 +105,23 @@ def prepare(
         raise ConfigError(f"workers is {workers}; it must be 1 or more. It is the number of processes.")
     folder = Path(out)
     found = find_inputs(inputs)
-    files = found.files
+    workers = workers or _cores()
     recipe = Recipe(tokenizer.file, tokenizer.fingerprint, validation, field, skip_bad)
     with alone_in(folder, "another prepare"):
         manifest = _open_folder(folder, tokenizer, source, validation)
         source = manifest.source if manifest else source or folder.resolve().name
         _check_recordable(source=source, field=field)
+        files = identify(found.files, workers)
         if manifest and (made := _made_already(folder, manifest, files, field)):
             _clear_work(folder)
             return _report(manifest, made, found, time.monotonic() - begun)
         total = sum(file.size for file in files)
         done = prepare_blocks(
-            cut_blocks(files, block_bytes),
+            cut_blocks(found.files, block_bytes),
+            files,
             recipe,
             folder / _WORK_FOLDER,
-            workers or _cores(),
+            workers,
             progress and (lambda bytes_done: progress(bytes_done, total)),
         )
         manifest = _publish(folder, manifest, done, files, recipe, tokenizer, source)
@@ -192,20 +195,30 @@ def _open_folder(folder: Path, tokenizer: Tokenizer, source: str | None, validat
     return manifest
 
 
-def _made_already(folder: Path, manifest: Manifest, files: Sequence[RawFile], field: str) -> Generation | None:
+def _made_already(folder: Path, manifest: Manifest, files: Sequence[InputFile], field: str) -> Generation | None:
     """The generation that this command would make, if there is one; DataError if the folder holds some of the files.
 
-    Files are known by their content, so that of a second name, a copy or a new date no document comes in twice.
+    Files are known by their content, so that of a second name, a copy or a new date no document comes in twice. Nor
+    does one of a file that grew or was mended since: a name that the folder has with other content is refused too.
     """
-    contents = [file.record.sample_sha256 for file in files]
+    contents = [file.sha256 for file in files]
     held: dict[str, tuple[int, str]] = {}
+    names: dict[str, int] = {}
     for state in manifest.generations:
-        if field == state.field and contents == [each.sample_sha256 for each in state.inputs]:
+        if field == state.field and contents == [each.sha256 for each in state.inputs]:
             return state
-        held |= {each.sample_sha256: (state.generation, each.name) for each in state.inputs}
+        held |= {each.sha256: (state.generation, each.name) for each in state.inputs}
+        names |= {os.path.abspath(each.name): state.generation for each in state.inputs}
+    for file in files:  # before those that are held: "leave it out" is no answer to who gives all files again
+        name = os.path.abspath(file.name)
+        if name in names and file.sha256 not in held:
+            raise DataError(
+                f"{file.name}: generation {names[name]} of {folder} holds a file of this name with other content. Put "
+                "only the new documents into a file with a name of its own, or prepare into a new folder with --out."
+            )
     for file in files:
-        if file.record.sample_sha256 in held:
-            generation, name = held[file.record.sample_sha256]
+        if file.sha256 in held:
+            generation, name = held[file.sha256]
             alias = "" if name == file.name else f", as {name}"
             raise DataError(
                 f"{folder}: generation {generation} holds {file.name} already{alias}. Leave it out, or name another "
@@ -223,7 +236,7 @@ def _publish(
     folder: Path,
     manifest: Manifest | None,
     done: Sequence[Done],
-    files: Sequence[RawFile],
+    files: Sequence[InputFile],
     recipe: Recipe,
     tokenizer: Tokenizer,
     source: str,
@@ -247,7 +260,7 @@ def _publish(
         train=totals_of(rows, "train"),
         validation=totals_of(rows, "validation"),
         fingerprint=fingerprint_of(tokenizer.fingerprint, dtype, rows),
-        inputs=tuple(file.record for file in files),
+        inputs=tuple(files),
         field=recipe.field,
         bad_lines=bad_lines,
         empty_documents=empty,

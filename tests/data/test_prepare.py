@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacl.data.documents import cut_blocks, find_inputs, read_documents, read_segment
+from megacl.data.documents import cut_blocks, find_inputs, identify, read_documents, read_segment
 from megacl.data.prepare import prepare
 from megacl.data.shards import Source, open_source, verify_source
 from megacl.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -67,7 +67,9 @@ def compress(path: Path, content: bytes) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    """The bytes of every file, but for the one that prepare locks."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def tokens_of(source: Source) -> tuple[list[int], list[int]]:
@@ -307,9 +309,8 @@ def test_a_command_that_was_carried_out_does_nothing_and_reports_the_same(tmp_pa
 
 def test_a_file_is_known_by_its_content_whatever_its_name_and_date(tmp_path, monkeypatch, raw, tokenizer):
     monkeypatch.chdir(tmp_path)
-    large = Path("large.jsonl")  # beyond what is hashed whole
+    large = Path("large.jsonl")
     large.write_bytes(raw.read_bytes())
-    assert large.stat().st_size > 3 * 2**16
     arguments = {"tokenizer": tokenizer, "out": "out", "validation": 0, "workers": 1}
     report = prepare(["large.jsonl"], **arguments)
     before = contents(Path("out"))
@@ -328,19 +329,59 @@ def test_a_file_is_known_by_its_content_whatever_its_name_and_date(tmp_path, mon
     assert open_source("out").generation == 2
 
 
-def test_an_input_is_recorded_by_the_documented_sample_of_its_content(tmp_path, raw, tokenizer):
-    small = tmp_path / "small.jsonl"
-    small.write_text('{"text": "eins"}\n')
-    prepare([str(raw), str(small)], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=1)
+def test_an_input_is_recorded_with_the_sha256_of_the_file_on_disk(tmp_path, raw, tokenizer):
+    packed = compress(tmp_path / "packed.jsonl.gz", raw.read_bytes())
+    prepare([str(raw), str(packed)], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=2)
     recorded = json.loads((tmp_path / "out" / "manifest.json").read_text())["generations"][0]["inputs"]
-    for file, record in zip((raw, small), recorded, strict=True):
+    for file, record in zip((raw, packed), recorded, strict=True):
         content = file.read_bytes()
-        pieces = [content[max(0, start) :][:65536] for start in (0, (len(content) - 65536) // 2, len(content) - 65536)]
-        sample = hashlib.sha256(b"%d\n" % len(content) + b"".join(pieces)).hexdigest()
-        assert record == {"name": str(file), "size": len(content), "sample_sha256": sample}
+        assert record == {"name": str(file), "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def test_what_an_interrupted_command_has_done_is_found_under_another_name(tmp_path, raw, tokenizer):
+@given(data=st.data())
+@settings(max_examples=20)
+def test_a_byte_that_changed_anywhere_makes_another_file_of_the_same_size_and_date(tmp_path_factory, data):
+    file = tmp_path_factory.mktemp("edit") / "file.jsonl"
+    content = bytearray(3 * 2**20)
+    file.write_bytes(content)
+    before, facts = identify(find_inputs([str(file)]).files, 1), file.stat()
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    after = identify(find_inputs([str(file)]).files, 1)
+    assert (before[0].name, before[0].size) == (after[0].name, after[0].size)
+    assert before[0].sha256 != after[0].sha256
+
+
+@pytest.mark.parametrize("change", ["grew", "was mended"])
+def test_a_file_that_changed_since_an_earlier_generation_is_refused(tmp_path, monkeypatch, texts, tokenizer, change):
+    monkeypatch.chdir(tmp_path)
+    write_lines(Path("first.jsonl"), texts[:40])
+    write_lines(Path("second.jsonl"), texts[40:80])
+    arguments = {"tokenizer": tokenizer, "out": "out", "validation": 0, "workers": 1}
+    prepare(["first.jsonl"], **arguments)
+    prepare(["second.jsonl"], **arguments)
+    before = contents(Path("out"))
+    mended = [texts[40], texts[42], texts[41], *texts[43:80]]
+    write_lines(Path("second.jsonl"), texts[40:90] if change == "grew" else mended)
+    for inputs in (
+        ["second.jsonl"],
+        ["./second.jsonl"],
+        [str(tmp_path / "second.jsonl")],
+        ["first.jsonl", "second.jsonl"],
+    ):
+        with pytest.raises(
+            DataError, match=r"generation 2 of out holds a file of this name with other content"
+        ) as caught:
+            prepare(inputs, **arguments)
+        assert str(caught.value).startswith(f"{inputs[-1]}: ")
+        assert "\n" not in str(caught.value)
+    assert contents(Path("out")) == before
+    write_lines(Path("new.jsonl"), texts[80:90])
+    assert prepare(["new.jsonl"], **arguments).generation == 3
+
+
+def test_what_an_interrupted_command_has_done_is_found_under_another_name_and_date(tmp_path, raw, tokenizer):
     bad, first = tmp_path / "bad.jsonl", tmp_path / "first.jsonl"
     bad.write_bytes(b"{broken\n")
     shutil.copy2(raw, first)
@@ -349,6 +390,7 @@ def test_what_an_interrupted_command_has_done_is_found_under_another_name(tmp_pa
         prepare([str(first), str(bad)], **arguments)
     kept = {file.stat().st_ino for file in (tmp_path / "out/.prepare").glob("*.arrow")}
     first.rename(tmp_path / "renamed.jsonl")
+    os.utime(tmp_path / "renamed.jsonl", (1, 1))
     prepare([str(tmp_path / "renamed.jsonl")], **arguments)
     assert len(kept & {file.stat().st_ino for file in (tmp_path / "out").glob("train-*")}) == len(kept) >= 3
 
@@ -714,6 +756,46 @@ def test_a_compressed_file_that_changes_while_it_is_read_is_named(tmp_path, text
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst"])
+def test_what_was_read_of_a_file_after_it_changed_is_not_kept_for_its_old_content(tmp_path, texts, tokenizer, suffix):
+    # Texts that do not compress, or the whole file would be read before it changes.
+    old = lines_of([random.Random(index).randbytes(500).hex() for index in range(2000)])
+    file = tmp_path / f"file{suffix}"
+
+    def write(content: bytes) -> None:
+        file.write_bytes(content) if suffix == ".jsonl" else compress(file, content)
+
+    write(old)
+    changed = []
+
+    def change(done: int, total: int) -> None:
+        if not changed:
+            changed.append(done)
+            write(old.translate(bytes.maketrans(b"0", b"1")))
+
+    arguments = {"tokenizer": tokenizer, "validation": 0, "workers": 1, "block_bytes": 2 * BLOCK}
+    with pytest.raises(DataError, match="the file changed while it was read"):
+        prepare([str(file)], **arguments, out=tmp_path / "out", progress=change)
+    assert len(finished_blocks(tmp_path / "out")) >= 1
+    write(old)
+    prepare([str(file)], **arguments, out=tmp_path / "out")
+    prepare([str(file)], **arguments, out=tmp_path / "undisturbed" / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed" / "out")
+
+
+def test_a_file_that_changed_since_it_was_found_is_named_when_it_is_hashed(tmp_path, raw):
+    late = tmp_path / "late.jsonl"
+    shutil.copy(raw, late)
+    found = find_inputs([str(raw), str(late)]).files
+    with open(late, "a") as file:
+        file.write('{"text": "mehr"}\n')
+    with pytest.raises(DataError, match=r"late\.jsonl: the file changed while it was read"):
+        identify(found, 2)
+    late.unlink()
+    with pytest.raises(DataError, match=r"late\.jsonl: cannot be read: No such file"):
+        identify(found, 2)
+
+
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_wherever_a_compressed_file_was_cut_off_it_is_named(tmp_path, suffix):
     lines = lines_of([f"document {index}" for index in range(20)])
@@ -729,20 +811,22 @@ def test_wherever_a_compressed_file_was_cut_off_it_is_named(tmp_path, suffix):
 
 
 def test_a_name_that_is_not_utf8_is_refused_before_anything_is_done(tmp_path, raw, tokenizer):
-    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    name = os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jsonl")
     shutil.copy(raw, name)
     arguments = {"tokenizer": tokenizer, "validation": 0, "workers": 1}
     with pytest.raises(DataError, match=r"caf\\xe9\.jsonl: the file's name is not UTF-8") as caught:
-        prepare([str(tmp_path)], **arguments, out=tmp_path / "out")
+        prepare([str(folder)], **arguments, out=tmp_path / "out")
     str(caught.value).encode()
     with pytest.raises(ConfigError, match=r"source is '.*dce9', which is not UTF-8"):
         prepare([str(raw)], **arguments, out=os.fsdecode(os.fsencode(tmp_path) + b"/out\xe9"))
     with pytest.raises(ConfigError, match=r"field is '.*dce9', which is not UTF-8"):
         prepare([str(raw)], **arguments, out=tmp_path / "out", field="\udce9")
     assert not (tmp_path / "out" / ".prepare").exists()
-    os.rename(name, os.fsdecode(os.fsencode(tmp_path) + b"/notes\xe9"))
-    shutil.copy(raw, tmp_path)
-    assert find_inputs([str(tmp_path)]).passed_over == (f"{tmp_path}/notes\\xe9",)
+    os.rename(name, os.fsdecode(os.fsencode(folder) + b"/notes\xe9"))
+    shutil.copy(raw, folder)
+    assert find_inputs([str(folder)]).passed_over == (f"{folder}/notes\\xe9",)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
