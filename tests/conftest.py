@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 
@@ -13,6 +14,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+# An example may take long on a busy machine; how long is a matter for benchmarks.
+hypothesis.settings.register_profile("megacl", deadline=None)
+hypothesis.settings.load_profile("megacl")
 
 
 @dataclass(frozen=True)
