@@ -200,7 +200,7 @@ def sample(
     """Text out of any checkpoint."""
     from megacl.sample import sample as sample_text
 
-    if not prompt.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
         raise ConfigError("--prompt is not text in the terminal's encoding; give it as UTF-8.")
     with _open_model(model) as (checkpoint, engine, ranks):
         text = sample_text(

@@ -98,6 +98,11 @@ class PhaseRecord:
     last_lr: float = 0.0
 
     @property
+    def sources_read(self) -> tuple[SourceRecord, ...]:
+        """The sources of the mixture, and those that are replayed by name."""
+        return (*self.sources, *(self.replay.from_sources if self.replay else ()))
+
+    @property
     def replayed_samples(self) -> int:
         """How many of the samples seen were replayed ones."""
         return self.samples * self.replay.fraction.numerator // self.replay.fraction.denominator if self.replay else 0
@@ -126,7 +131,7 @@ class Lineage:
         """Every source that the model has seen, by fingerprint, as it was first named."""
         found: dict[str, SourceRecord] = {}
         for phase in self.phases:
-            for source in (*phase.sources, *(phase.replay.from_sources if phase.replay else ())):
+            for source in phase.sources_read:
                 found.setdefault(source.fingerprint, source)
         return found
 

@@ -1,7 +1,9 @@
 """What a run will do, worked out before it starts: said by `megacl train CONFIG --dry-run`, checked by every start.
 
-for index, stream, after in plan_phases(config, lineage, sources):     # each phase's samples, and the lineage after it
-    ...
+    for index, stream, after in plan_phases(found):    # each phase that is left: its samples, the lineage after it
+        print(notices(found.config.phases[index], stream))
+
+A phase's record, schedule and samples are made here, by the same functions for a dry run and for training.
 """
 
 from collections.abc import Iterator, Mapping

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megacl.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
-from megacl.config import RunConfig
+from megacl.config import RunConfig, SourceConfig
 from megacl.configfile import load, to_tree
 from megacl.data.shards import Source, open_source
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
@@ -98,14 +98,21 @@ def find_origin(
 
 def find_inputs(config: RunConfig, origin: Origin) -> Found:
     """The run with its data opened. Raises DataError where data or tokenizer are not what the run or its model had."""
-    config = _pin_generations(config, origin.stored)
-    inputs = _open_inputs(config, origin.lineage)
+    inputs = _open_inputs(config, origin)
+    pinned = {
+        name: dataclasses.replace(source, generation=inputs.sources[name].generation)
+        for name, source in config.sources.items()
+    }
     _check_same_data(config, inputs, origin.lineage)
-    return Found(config, inputs, origin)
+    return Found(dataclasses.replace(config, sources=pinned), inputs, origin)
 
 
-def _open_inputs(config: RunConfig, lineage: Lineage) -> Inputs:
-    sources = {name: open_source(source.path, source.generation) for name, source in config.sources.items()}
+def _open_inputs(config: RunConfig, origin: Origin) -> Inputs:
+    lineage = origin.lineage
+    sources = {
+        name: open_source(source.path, _generation(name, source, origin.stored))
+        for name, source in config.sources.items()
+    }
     if not sources:
         raise ConfigError("sources is empty; name at least one folder that `megacl prepare` wrote.")
     first = next(iter(sources.values()))
@@ -129,20 +136,12 @@ def _open_inputs(config: RunConfig, lineage: Lineage) -> Inputs:
     return Inputs(tokenizer, sources)
 
 
-def _pin_generations(config: RunConfig, stored: RunConfig | None) -> RunConfig:
-    """Every source with its generation: the one given, the one that the run has had so far, or else the newest."""
-
-    def pinned(name: str) -> int:
-        source = config.sources[name]
-        before = stored.sources.get(name) if stored else None
-        if source.generation is not None:
-            return source.generation
-        if before is not None and before.path == source.path and before.generation is not None:
-            return before.generation
-        return open_source(source.path).generation
-
-    sources = {name: dataclasses.replace(source, generation=pinned(name)) for name, source in config.sources.items()}
-    return dataclasses.replace(config, sources=sources)
+def _generation(name: str, source: SourceConfig, stored: RunConfig | None) -> int | None:
+    """The generation given, the one that the run has had so far, or None: the newest."""
+    before = stored.sources.get(name) if stored else None
+    if source.generation is None and before is not None and before.path == source.path:
+        return before.generation
+    return source.generation
 
 
 _IDENTITY = ("model", "seed", "order", "start_from", "optimizer")

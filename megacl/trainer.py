@@ -240,7 +240,7 @@ class _Run:
             tokens=tokens_seen,
             loss=result.loss,
             lr=lr,
-            grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
+            grad_norm=result.grad_norm,
             applied=result.applied,
             seconds=seconds,
             tokens_per_second=rate,

@@ -125,7 +125,7 @@ def _draws_taken(lineage: Lineage, fingerprint: str, seq_length: int, seed: int)
     taken = 0
     for phase in lineage.phases:
         if (phase.seq_length, phase.seed) == (seq_length, seed):
-            for source in (*phase.sources, *(phase.replay.from_sources if phase.replay else ())):
+            for source in phase.sources_read:
                 if source.fingerprint == fingerprint:
                     taken = max(taken, source.first + source.samples)
     return taken
@@ -136,7 +136,7 @@ def _tokens_read(lineage: Lineage, source: Source) -> int:
     return sum(
         record.tokens
         for phase in lineage.phases
-        for record in (*phase.sources, *(phase.replay.from_sources if phase.replay else ()))
+        for record in phase.sources_read
         if record.fingerprint == source.fingerprint or record.path == str(source.path)
     )
 
@@ -375,16 +375,15 @@ class PhaseStream:
         """What will have been read twice by the phase's end, a line each: sources, and phases that are replayed."""
         whole = self.seen(self.record.budget_samples, self.record.last_lr)
         replay = whole.replay
-        read = (*whole.sources, *(replay.from_sources if replay else ()))
         lines = [
             f"phase {whole.name!r}: by its end the model has read source {source.name!r} {source.epochs:.2f} times over"
-            for source in read
+            for source in whole.sources_read
             if source.epochs > 1
         ]
         lines += [
             f"phase {whole.name!r} reads source {source.name!r} in an order of its own, of which the model has read "
             f"{source.tokens_before:,} tokens in another (other generation, seed or seq_length): some come again"
-            for source in read
+            for source in whole.sources_read
             if source.tokens_before and not source.first and source.epochs <= 1
         ]
         if replay:

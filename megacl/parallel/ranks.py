@@ -89,10 +89,6 @@ class Ranks:
         dist.all_gather_object(objects, obj, group=self.patient)
         return objects
 
-    def barrier(self) -> None:
-        """Returns once every rank has come here."""
-        self.any(False)
-
 
 def start_ranks(*, timeout: float) -> Ranks:
     """Finds this process's place and joins the others; raises LaunchError where they do not come together.

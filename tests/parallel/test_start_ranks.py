@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacl.errors import LaunchError
+from megacl.errors import DataError, LaunchError
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
 from tests.ranks import run_on_ranks
 
@@ -40,7 +40,6 @@ def conversation(ranks: Ranks) -> dict:
         "sum": ranks.sum(mine).tolist(),
         "object": ranks.broadcast({"from": ranks.rank}),
     }
-    ranks.barrier()
     assert mine.tolist() == [1.0, ranks.rank, 0.1]
     return heard
 
@@ -132,3 +131,19 @@ def free_port() -> int:
                 continue
             return port
     raise AssertionError("no port is free")
+
+
+def failing_on(ranks: Ranks, rank: int) -> str:
+    try:
+        with ranks.together():
+            if ranks.rank == rank:
+                raise DataError(f"rank {rank} found something")
+    except DataError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_what_one_rank_finds_wrong_ends_the_block_on_all():
+    assert run_on_ranks(2, failing_on, 1) == ["rank 1 found something"] * 2
+    assert run_on_ranks(2, failing_on, 7) == ["nothing"] * 2
+    assert failing_on(Ranks(), 0) == "rank 0 found something"
