@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megacl.cli_data import data_app
 from megacl.errors import ConfigError, DataError, LaunchError, MegaclError
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look after prepared data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 GO_ON_LATER = 75
@@ -229,19 +229,6 @@ def report(
 
     save_report(runs, out)
     print(f"{out}: open it in a browser")
-
-
-@data_app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A data folder.")]) -> None:
-    """Compare every shard with its hash."""
-    from megacl.data.shards import verify_source
-
-    problems = verify_source(folder)
-    for problem in problems:
-        print(problem)
-    if problems:
-        _leave(2)
-    print(f"{folder}: every shard is as its manifest says")
 
 
 @contextlib.contextmanager

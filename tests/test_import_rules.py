@@ -25,7 +25,7 @@ LEVELS = [
     "trainer",
     "release report report_run report_plots slurm",
     "study",
-    "cli __main__",
+    "cli cli_data __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 
