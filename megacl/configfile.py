@@ -20,7 +20,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megacl.config import PhaseConfig, RunConfig, nearest
+from megacl.config import RunConfig
+from megacl.config_phase import PhaseConfig, nearest
 from megacl.errors import ConfigError
 
 

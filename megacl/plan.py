@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megacl.checkpoint import newest_checkpoint
-from megacl.config import PhaseConfig, RunConfig, share_of
+from megacl.config import RunConfig
+from megacl.config_phase import PhaseConfig, share_of
 from megacl.configfile import to_tree
 from megacl.data.mixture import integer_weights
 from megacl.data.provide import missing_sources

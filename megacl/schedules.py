@@ -11,7 +11,7 @@ update that is skipped (an overflow in fp16) still moves the schedule on.
 import math
 from collections.abc import Callable
 
-from megacl.config import (
+from megacl.config_phase import (
     ConstantSchedule,
     CosineSchedule,
     InfiniteSchedule,

@@ -17,7 +17,8 @@ from types import FrameType
 from typing import Any, Literal
 
 from megacl.checkpoint import RunState, newest_checkpoint, prune_checkpoints, save_checkpoint, sweep_unfinished
-from megacl.config import PhaseConfig, RunConfig
+from megacl.config import RunConfig
+from megacl.config_phase import PhaseConfig
 from megacl.configfile import dump
 from megacl.data.loader import Loader
 from megacl.data.provide import missing_sources, provide_sources

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megacl"
 
 # A package that stands here as a whole (kernels, parallel, convert) speaks for the modules inside it.
 LEVELS = [
-    "megacl errors publish config configfile data.__init__ model.__init__ model.config",
+    "megacl errors publish config config_phase configfile data.__init__ model.__init__ model.config",
     "log schedules lineage kernels parallel "
     "data.manifest data.shards data.documents data.workers data.tokenizer data.order",
     "data.blocks data.prepare data.provide data.sequences data.mixture data.replay data.stream data.loader "

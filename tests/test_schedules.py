@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from megacl.config import ScheduleConfig
+from megacl.config_phase import ScheduleConfig
 from megacl.errors import ConfigError
 from megacl.schedules import Schedule, build_schedule, cosine, exponential, inverse_sqrt, linear, one_minus_sqrt, rex
 

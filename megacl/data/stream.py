@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megacl.config import PhaseConfig, ReplayConfig, share_of
+from megacl.config_phase import PhaseConfig, ReplayConfig, share_of
 from megacl.data.mixture import Mixture, integer_weights
 from megacl.data.order import Int64
 from megacl.data.replay import Recut, is_replayed, replayed_before

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from megacl.config import PhaseConfig
+from megacl.config_phase import PhaseConfig
 from megacl.configfile import to_tree
 from megacl.data.stream import PhaseStream, plan_phase
 from megacl.lineage import Lineage

@@ -1,0 +1,213 @@
+"""The schema of a phase: its mixture, budget, schedule and replay. Frozen data; config.py has the rest of a run.
+
+Rules for one setting stand in its type, rules that tie a phase's settings together in `RunConfig.check`.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from megacl.model.config import STRICT
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" with the closest of the known names, or just a full stop."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+# ---------------------------------------------------------------------------------------------- lengths
+
+_LENGTH = re.compile(r"(?P<number>\d+(?:\.\d*)?(?:[eE][+-]?\d{1,2})?)\s*(?P<unit>steps?|tokens?|%)")
+
+
+def _check_length(text: Any) -> str:
+    if not isinstance(text, str) or _LENGTH.fullmatch(text.strip()) is None:
+        raise ValueError('it must be a length such as "100 steps", "2e9 tokens" or "1%" (of the phase)')
+    return text.strip()
+
+
+Length = Annotated[str, BeforeValidator(_check_length)]
+
+
+def length_in_steps(length: str, *, phase_steps: int, tokens_per_step: int) -> Fraction:
+    """A length in optimizer steps of a phase, exactly: "100 steps", "2e9 tokens", "1%" of the phase."""
+    match = _LENGTH.fullmatch(length)
+    assert match is not None, "checked when the configuration was loaded"
+    number = Fraction(match["number"])
+    unit = match["unit"]
+    if unit == "%":
+        return number * phase_steps / 100
+    return number / tokens_per_step if unit.startswith("token") else number
+
+
+# ---------------------------------------------------------------------------------------------- schedules
+
+Rate = Annotated[float, Field(gt=0, description="a learning rate")]
+Floor = Annotated[float, Field(ge=0, description="a learning rate")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Schedule:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    warmup: Length = "1%"
+    """Linear rise to max_lr, from where the last phase ended (from 0 in a model's first phase)."""
+
+    @property
+    def keeps_optimizer_state(self) -> bool:
+        """Whether the moments of the last phase are of use: not where the rate rises again (arXiv 2403.08763)."""
+        return False
+
+    def parts(self, *, phase_steps: int, tokens_per_step: int) -> dict[str, int]:
+        """The lengths of warmup, cooldown, decay and anneal, those that this kind has, in whole optimizer steps.
+
+        Each is rounded up; where they fit their phase exactly and no more fit it rounded, the longest gives way.
+        """
+        exact = {
+            key: length_in_steps(getattr(self, key), phase_steps=phase_steps, tokens_per_step=tokens_per_step)
+            for key in ("warmup", "cooldown", "decay", "anneal")
+            if hasattr(self, key)
+        }
+        parts = {key: math.ceil(length) for key, length in exact.items()}
+        if sum(exact.values()) <= phase_steps < sum(parts.values()):
+            parts[max(parts, key=lambda key: parts[key])] -= sum(parts.values()) - phase_steps
+        return parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantSchedule(_Schedule):
+    """One rate; `max_lr: last` goes on with the rate at which the last phase ended."""
+
+    kind: Literal["constant"]
+    max_lr: Rate | Literal["last"]
+    warmup: Length = "0 steps"
+
+    @property
+    def keeps_optimizer_state(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decay(_Schedule):
+    max_lr: Rate | Literal["last"]
+    min_lr: Floor | None = None
+    """The last update's rate; a tenth of max_lr if null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSchedule(Decay):
+    """A straight line from max_lr to min_lr."""
+
+    kind: Literal["linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule(Decay):
+    """Half a cosine from max_lr to min_lr."""
+
+    kind: Literal["cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupStableDecaySchedule(Decay):
+    """max_lr, then a decay at the end of the phase."""
+
+    kind: Literal["wsd"]
+    decay: Length = "20%"
+    shape: Literal["linear", "1-sqrt"] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseSqrtSchedule(_Schedule):
+    """max_lr sqrt(t_w / t), t_w being the warm-up's length."""
+
+    kind: Literal["inverse_sqrt"]
+    max_lr: Rate | Literal["last"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RexSchedule(Decay):
+    """Reflected exponential: slow at first, fast at the end."""
+
+    kind: Literal["rex"]
+    d: Annotated[float, Field(gt=0, lt=1, description="how long the rate stays high")] = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfiniteSchedule(_Schedule):
+    """Warm-up, cool-down to constant_lr, constant for as long as one likes; an anneal to min_lr where one is asked for.
+
+    Later phases of the same run set warmup and cooldown to "0 steps": no re-warming, no jump.
+    """
+
+    kind: Literal["infinite"]
+    max_lr: Rate | Literal["last"]
+    constant_lr: Rate | Literal["last"]
+    min_lr: Rate | None = None
+    """The rate at the end of an anneal; a tenth of constant_lr if null."""
+    cooldown: Length = "60%"
+    shape: Literal["cosine", "inverse_sqrt"] = "cosine"
+    anneal: Length = "0 steps"
+
+    @property
+    def keeps_optimizer_state(self) -> bool:
+        return True
+
+
+ScheduleConfig = Annotated[
+    ConstantSchedule
+    | LinearSchedule
+    | CosineSchedule
+    | WarmupStableDecaySchedule
+    | InverseSqrtSchedule
+    | RexSchedule
+    | InfiniteSchedule,
+    Field(discriminator="kind"),
+]
+
+# ---------------------------------------------------------------------------------------------- data
+
+Weight = Annotated[float, Field(gt=0, description="a weight, relative to its neighbours")]
+
+
+def share_of(share: float) -> Fraction:
+    """The fraction that a decimal spells, 0.05 -> 1/20, to nine digits."""
+    return Fraction(repr(share)).limit_denominator(10**9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """A share of earlier data in every batch, taken out of the new data's tokens: the total stays the same."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    share: Annotated[float, Field(ge=0, lt=1, description="the part of each batch drawn from earlier data")]
+    from_: Annotated[dict[str, Weight] | None, Field(alias="from")] = None
+    """Weights over earlier phases by name; null: all of them, by the tokens of their own that they saw."""
+    from_sources: dict[str, Weight] | None = None
+    """Weights over `sources` to replay instead, for a model whose own history is not megacl's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One stretch of training: a mixture, a budget, a schedule, a replay share."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the phase's name")]
+    mixture: dict[str, Weight]
+    schedule: ScheduleConfig
+    tokens: Annotated[int, Field(ge=1, description="the phase's budget in tokens")] | None = None
+    steps: Annotated[int, Field(ge=1, description="the phase's budget in optimizer steps")] | None = None
+    replay: ReplayConfig | None = None
+    optimizer_state: Literal["keep", "reset"] | None = None
+    """Null: kept by constant and infinite schedules, reset by those that warm up again."""
+    seq_length: Annotated[int, Field(ge=2, description="tokens that a sequence predicts")] | None = None
+    global_batch_size: Annotated[int, Field(ge=1, description="sequences per optimizer step")] | None = None
