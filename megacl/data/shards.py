@@ -236,6 +236,7 @@ class Source:
     tokenizer_file: Path
     vocab_size: int  # of the tokenizer: every token is below it
     eos_id: int
+    train_documents: int
     train: TokenStream
     validation: TokenStream
 
@@ -264,6 +265,7 @@ def open_source(path: str | Path, generation: int | None = None) -> Source:
         tokenizer_file=folder / manifest.tokenizer.file,
         vocab_size=manifest.tokenizer.vocab_size,
         eos_id=manifest.tokenizer.eos_id,
+        train_documents=state.train.documents,
         train=TokenStream(folder, [row for row in rows if row.split == "train"], manifest.dtype),
         validation=TokenStream(folder, [row for row in rows if row.split == "validation"], manifest.dtype),
     )
