@@ -11,7 +11,7 @@ data_app = typer.Typer(help="Look after prepared data.", no_args_is_help=True)
 @data_app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="A data folder.")]) -> None:
     """Compare every shard with its hash."""
-    from megacl.data.shards import verify_source
+    from megacl.data.verify import verify_source
 
     problems = verify_source(folder)
     for problem in problems:

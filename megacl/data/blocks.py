@@ -12,9 +12,8 @@ A worker holds one block as text and tokens: at most 0.5 GB with blocks of 32 MB
 import contextlib
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,7 +23,7 @@ from pydantic import TypeAdapter
 
 from megacl.data.documents import Block, read_segment
 from megacl.data.manifest import InputFile, ShardRow, Split
-from megacl.data.shards import Tokens, token_dtype, write_shard
+from megacl.data.shards import Tokens, hash_of, held_out_below, join_documents, token_dtype, write_shard
 from megacl.data.tokenizer import load_tokenizer
 from megacl.data.workers import run_on_workers
 from megacl.errors import DataError
@@ -106,6 +105,15 @@ def prepare_blocks(
     return [done[key] for key in keys]
 
 
+@dataclass
+class _Part:
+    """The documents of a block that are of one split."""
+
+    tokens: list[Tokens] = field(default_factory=list)
+    text_bytes: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+
+
 class _BlockWriter:
     """Turns a block into shards in the work folder; one in every worker."""
 
@@ -115,12 +123,11 @@ class _BlockWriter:
         if self.tokenizer.fingerprint != recipe.tokenizer_fingerprint:
             raise DataError(f"{recipe.tokenizer_file}: the tokenizer changed meanwhile. Run the same command again.")
         self.dtype = token_dtype(self.tokenizer.vocab_size)
-        self.threshold = int(recipe.validation * 2**64)
+        self.threshold = held_out_below(recipe.validation)
 
     def __call__(self, task: tuple[str, Block]) -> tuple[str, Done]:
         key, block = task
-        documents: dict[Split, list[Tokens]] = {"train": [], "validation": []}
-        text_bytes: Counter[Split] = Counter()
+        parts: dict[Split, _Part] = {"train": _Part(), "validation": _Part()}
         bad = empty = 0
         texts: list[str] = []
         characters = 0
@@ -128,9 +135,11 @@ class _BlockWriter:
         def encode() -> None:
             for text, ids in zip(texts, self.tokenizer.encode(texts), strict=True):
                 raw = text.encode()
-                split = self._split(raw)
-                documents[split].append(np.append(ids, np.uint32(self.tokenizer.eos_id)).astype(self.dtype))
-                text_bytes[split] += len(raw)
+                code = hash_of(raw)
+                part = parts["validation" if code < self.threshold else "train"]
+                part.tokens.append(np.append(ids, np.uint32(self.tokenizer.eos_id)).astype(self.dtype))
+                part.text_bytes.append(len(raw))
+                part.hashes.append(code)
             texts.clear()
 
         for text in chain.from_iterable(
@@ -148,18 +157,16 @@ class _BlockWriter:
 
         rows = tuple(
             write_shard(
-                self.work / f"{key}-{split}.arrow", found, self.dtype, split=split, text_bytes=text_bytes[split]
+                self.work / f"{key}-{split}.arrow",
+                join_documents(part.tokens, self.dtype, text_bytes=part.text_bytes, hashes=part.hashes),
+                split=split,
             )
-            for split, found in documents.items()
-            if found
+            for split, part in parts.items()
+            if part.tokens
         )
         result = Done(rows, bad, empty, cost=sum(segment.cost for segment in block))
         publish_text(self.work / f"{key}.json", str(_DONE.dump_json(result), "utf-8"), "the result of a block")
         return key, result
-
-    def _split(self, raw: bytes) -> Split:
-        held_out = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") < self.threshold
-        return "validation" if held_out else "train"
 
 
 def _read_done(work: Path, key: str) -> Done | None:

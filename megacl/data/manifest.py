@@ -1,16 +1,21 @@
-"""What a data folder holds: manifest.json (small) and shards.arrow (a row a shard).
+"""What a data folder holds: manifest.json (small), shards.arrow (a row a shard), inputs.arrow and removed.arrow.
 
-docs/formats.md describes both to the byte. In short: shards.arrow lists the shards and only ever grows; a generation
-is its first N rows, so preparing more files appends a generation and leaves the earlier ones as they were. The
-manifest is published after the list of shards, so rows that no generation counts are those of a run that was
-interrupted; readers never look at them.
+docs/data.md describes them to the byte. In short: a row of shards.arrow says in which generation its shard came and in
+which one it went, if it did; generation N is the rows that had come and not gone by then, in their order. So preparing
+more files or removing documents makes a generation and leaves the earlier ones as they were. The manifest is published
+last, so rows of a generation that it does not count are those of a command that was interrupted; readers never look at
+them. Only commands that change a folder read inputs.arrow and removed.arrow.
+
+A list of 100,000 shards stays in Arrow's columns: what a reader needs of it is a few arrays, not objects.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -19,28 +24,40 @@ from megacl.errors import DataError
 from megacl.publish import publish_bytes, publish_text
 
 FORMAT: Literal["megacl-data"] = "megacl-data"
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 MANIFEST = "manifest.json"
 SHARDS = "shards.arrow"
+INPUTS = "inputs.arrow"
+REMOVED = "removed.arrow"
 
 Split = Literal["train", "validation"]
 DTypeName = Literal["uint16", "uint32"]
 Count = Annotated[int, Field(ge=0)]
+Hashes = npt.NDArray[np.uint64]
+"""The first 8 bytes of BLAKE2b (with a digest of 8 bytes) of documents' texts in UTF-8, as big-endian numbers."""
 
 _STRICT = ConfigDict(extra="forbid")
+_REMEDY = "Restore it from a copy, or prepare the folder again."
 
-_ROW_SCHEMA = pa.schema(
-    [
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("documents", pa.int64(), nullable=False),
-        pa.field("tokens", pa.int64(), nullable=False),
-        pa.field("text_bytes", pa.int64(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("offset", pa.int64(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-    ]
+
+def _schema(**columns: Any) -> Any:
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+
+_ROW_SCHEMA = _schema(
+    path=pa.string(),
+    split=pa.string(),
+    documents=pa.int64(),
+    tokens=pa.int64(),
+    text_bytes=pa.int64(),
+    size=pa.int64(),
+    offset=pa.int64(),
+    sha256=pa.binary(32),
+    added=pa.int32(),
+    removed=pa.int32(),
 )
+_INPUT_SCHEMA = _schema(name=pa.string(), size=pa.int64(), sha256=pa.binary(32), generation=pa.int32())
+_REMOVED_SCHEMA = _schema(hash=pa.uint64(), generation=pa.int32())
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -55,6 +72,8 @@ class ShardRow:
     size: Count  # bytes of the file
     offset: Count  # byte offset of the token values in the file
     sha256: str
+    added: Count = 0  # the generation in which it came; 0: none yet
+    removed: Count = 0  # the generation in which it went; 0: none so far
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -73,21 +92,23 @@ class InputFile:
     name: str
     size: Count
     sha256: str
+    generation: Count = 0  # the generation that it was added by; 0: none yet
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Generation:
-    """One state of the folder: its first `shards` shards. All counts are over the whole state."""
+    """One state of the folder, and how it came about. Counts of shards and totals are over the whole state."""
 
     generation: Annotated[int, Field(ge=1)]
     shards: Annotated[int, Field(ge=1)]
     train: Totals
     validation: Totals
     fingerprint: str
-    inputs: tuple[InputFile, ...]  # what this generation added
-    field: str  # the JSON field that its text came from
-    bad_lines: Count  # lines that were left out of what it added
-    empty_documents: Count  # documents without text that were left out of what it added
+    made_by: Literal["prepare", "merge", "remove", "dedup"]
+    settings: dict[str, str | int | float | bool]  # of the command that made it, as far as they shape its documents
+    bad_lines: Count = 0  # lines that were left out of what it added
+    empty_documents: Count = 0  # documents without text that were left out of what it added
+    removed_documents: Count = 0  # documents that were left out or taken out as duplicates or on request
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -105,47 +126,123 @@ class Manifest:
     """The content of manifest.json."""
 
     format: Literal["megacl-data"]
-    version: Literal[1]
+    version: Literal[2]
     source: str
     dtype: DTypeName
     tokenizer: TokenizerRecord
     validation: Annotated[float, Field(ge=0, lt=1)]  # the part of the documents that is held out
     generations: Annotated[tuple[Generation, ...], Field(min_length=1)]
 
-    def at(self, generation: int | None, folder: Path) -> Generation:
+    def at(self, generation: int | None, folder: Path | str) -> Generation:
         """A generation, the last one if None; DataError if the folder has no such generation."""
         if generation is None:
             return self.generations[-1]
         if not 1 <= generation <= len(self.generations):
             raise DataError(
-                f"{folder / MANIFEST}: generation {generation} is asked for, but the folder has 1 to "
+                f"{folder}/{MANIFEST}: generation {generation} is asked for, but the folder has 1 to "
                 f"{len(self.generations)}. Name one of these, or prepare the missing files into it."
             )
         return self.generations[generation - 1]
 
 
+class ShardList:
+    """Rows of shards.arrow, in order, as columns. It pickles, so that one process can read it for others."""
+
+    def __init__(self, table: Any) -> None:
+        """table: a pyarrow Table of shards.arrow's columns."""
+        self._table = table.combine_chunks()
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[ShardRow]) -> "ShardList":
+        """The list of some rows."""
+        trees = [{**vars(row), "sha256": bytes.fromhex(row.sha256)} for row in rows]
+        trees = [{name: tree[name] for name in _ROW_SCHEMA.names} for tree in trees]
+        return cls(pa.Table.from_pylist(trees, schema=_ROW_SCHEMA))
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __iter__(self) -> Iterator[ShardRow]:
+        return (self.row(index) for index in range(len(self)))
+
+    def row(self, index: int) -> ShardRow:
+        """One row."""
+        tree = {name: self._table.column(name)[index].as_py() for name in _ROW_SCHEMA.names}
+        return ShardRow(**{**tree, "sha256": tree["sha256"].hex()})
+
+    def numbers(self, column: str) -> npt.NDArray[Any]:
+        """A column of integers, int64 or int32 [rows], a view."""
+        array = self._array(column)
+        dtype = np.dtype(f"int{array.type.bit_width}")
+        return _view(array, 1, dtype) if len(array) else np.empty(0, dtype)
+
+    def _array(self, column: str) -> Any:
+        chunks = self._table.column(column).chunks
+        return chunks[0] if chunks else pa.array([], self._table.schema.field(column).type)
+
+    def held_out(self) -> npt.NDArray[np.bool_]:
+        """Which rows are of the validation split: bool [rows]."""
+        # The first letters of the strings, since comparing strings would import pyarrow.compute: 20 ms.
+        array = self._array("split")
+        if not len(array):
+            return np.empty(0, np.bool_)
+        starts = _view(array, 1, np.dtype(np.int32))
+        return np.asarray(np.frombuffer(array.buffers()[2], np.uint8)[starts] == ord("v"))
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> "ShardList":
+        """The rows of a mask, bool [rows]."""
+        return self if mask.all() else ShardList(self._table.take(pa.array(np.flatnonzero(mask))))
+
+    def at(self, generation: int, since: int = 0) -> "ShardList":
+        """The rows of a generation; with `since` only those of them that came after that earlier generation."""
+        added, removed = self.numbers("added"), self.numbers("removed")
+        return self.where((added > since) & (added <= generation) & ((removed == 0) | (removed > generation)))
+
+    def until(self, generation: int) -> "ShardList":
+        """The rows of all generations up to one, as they were then: what a command that makes the next one builds on.
+
+        What an interrupted command wrote for a later generation is taken back.
+        """
+        kept = self.where(self.numbers("added") <= generation)
+        removed = kept.numbers("removed")
+        column = pa.array(np.where(removed > generation, 0, removed).astype(np.int32))
+        position = _ROW_SCHEMA.get_field_index("removed")
+        return ShardList(kept._table.set_column(position, _ROW_SCHEMA.field(position), column))
+
+    def split(self, split: Split) -> "ShardList":
+        """The rows of one split."""
+        held_out = self.held_out()
+        return self.where(held_out if split == "validation" else ~held_out)
+
+    def totals(self, split: Split) -> Totals:
+        """Sums over the rows of one split."""
+        chosen = self.held_out() == (split == "validation")
+        return Totals(**{name: int(self.numbers(name)[chosen].sum()) for name in ("documents", "tokens", "text_bytes")})
+
+    def fingerprint(self, tokenizer: str, dtype: DTypeName) -> str:
+        """Hexadecimal SHA-256 over what a token stream is made of.
+
+        tokenizer: the tokenizer's fingerprint. Names of files and the inputs' names have no part in it, nor have
+        generations, so the same text prepared in two places has one fingerprint.
+        """
+        facts = [("split", "u1"), ("documents", "<i8"), ("tokens", "<i8"), ("sha256", "V32")]  # 49 bytes, no gaps
+        records = np.empty(len(self), np.dtype(facts))
+        records["split"] = self.held_out()
+        records["documents"], records["tokens"] = self.numbers("documents"), self.numbers("tokens")
+        records["sha256"] = _view(self._array("sha256"), 1, np.dtype("V32"))
+        return hashlib.sha256(f"{tokenizer}\n{dtype}\n".encode() + records.tobytes()).hexdigest()
+
+    def dump(self) -> bytes:
+        """The content of shards.arrow."""
+        return _dump(self._table)
+
+
+def _view(array: Any, buffer: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """One of an Arrow array's buffers, [rows]; the array must not be empty."""
+    return np.frombuffer(array.buffers()[buffer], dtype, len(array), array.offset * dtype.itemsize)
+
+
 _MANIFEST = TypeAdapter(Manifest)
-_ROWS = TypeAdapter(tuple[ShardRow, ...])
-
-
-def fingerprint_of(tokenizer: str, dtype: str, rows: Sequence[ShardRow]) -> str:
-    """Hexadecimal SHA-256 over what a token stream is made of.
-
-    tokenizer: the tokenizer's fingerprint; dtype: "uint16" or "uint32"; rows: the shards, in order. Names of files
-    and the inputs' names have no part in it, so the same text prepared in two places has one fingerprint.
-    """
-    lines = [tokenizer, dtype, *(f"{row.split} {row.documents} {row.tokens} {row.sha256}" for row in rows)]
-    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
-
-
-def totals_of(rows: Sequence[ShardRow], split: Split) -> Totals:
-    """Sums over the rows of one split."""
-    chosen = [row for row in rows if row.split == split]
-    return Totals(
-        documents=sum(row.documents for row in chosen),
-        tokens=sum(row.tokens for row in chosen),
-        text_bytes=sum(row.text_bytes for row in chosen),
-    )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -154,12 +251,22 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(
-            f"{folder}: no {MANIFEST} there, so it is not a prepared data folder. "
-            f"Make one: megacl prepare INPUT... --tokenizer MODEL --out {folder}"
-        ) from None
+        raise no_manifest(folder) from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}.") from None
+    return parse_manifest(content, file)
+
+
+def no_manifest(folder: Path | str) -> DataError:
+    """The error of a folder that is not a data folder."""
+    return DataError(
+        f"{folder}: no {MANIFEST} there, so it is not a prepared data folder. "
+        f"Make one: megacl prepare INPUT... --tokenizer MODEL --out {folder}"
+    )
+
+
+def parse_manifest(content: bytes, file: Path | str) -> Manifest:
+    """The manifest in the content of manifest.json; `file` is how errors name it."""
     try:
         return _MANIFEST.validate_json(content)
     except ValidationError as error:
@@ -177,31 +284,89 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
-def read_rows(folder: Path, count: int) -> tuple[ShardRow, ...]:
-    """The first `count` rows of shards.arrow. DataError if it is missing, damaged, or shorter."""
-    file = folder / SHARDS
-    remedy = "Restore it from a copy, or prepare the folder again."
+def read_shards(folder: Path) -> ShardList:
+    """All rows of shards.arrow, mapped. DataError if it is missing or damaged."""
     try:
-        with pa.OSFile(str(file)) as opened, pa.ipc.open_stream(opened) as stream:
-            rows = _ROWS.validate_python(stream.read_all().slice(0, count).to_pylist())
+        with pa.memory_map(str(folder / SHARDS)) as opened:
+            return parse_shards(opened.read_buffer(), folder / SHARDS)
+    except (FileNotFoundError, pa.ArrowInvalid):  # of no bytes at all there is no map
+        return parse_shards(b"" if (folder / SHARDS).exists() else None, folder / SHARDS)
+    except OSError:
+        return parse_shards(b"", folder / SHARDS)
+
+
+def parse_shards(content: Any, file: Path | str) -> ShardList:
+    """The rows in the content of shards.arrow; None stands for a file that is missing."""
+    shards = ShardList(_parse(content, _ROW_SCHEMA, file, "the list of shards"))
+    counts = ("documents", "tokens", "text_bytes", "size", "offset", "added", "removed")
+    if any((shards.numbers(name) < 0).any() for name in counts):
+        raise DataError(f"{file}: the list of shards is damaged: it has a negative count. {_REMEDY}")
+    return shards
+
+
+def read_inputs(folder: Path, generation: int) -> tuple[InputFile, ...]:
+    """The raw inputs of generations 1 to `generation`, in order. DataError if inputs.arrow is missing or damaged."""
+    table = _parse(_content(folder / INPUTS), _INPUT_SCHEMA, folder / INPUTS, "the list of inputs")
+    rows = (InputFile(**{**tree, "sha256": tree["sha256"].hex()}) for tree in table.to_pylist())
+    return tuple(row for row in rows if row.generation <= generation)
+
+
+def read_removed(folder: Path, generation: int) -> Hashes:
+    """The hashes of documents that were removed on request up to a generation: uint64 [N], sorted."""
+    if not (folder / REMOVED).exists():
+        return np.empty(0, np.uint64)
+    table = _parse(_content(folder / REMOVED), _REMOVED_SCHEMA, folder / REMOVED, "the list of removed documents")
+    hashes = np.array(table.column("hash").to_pylist(), np.uint64)
+    return np.unique(hashes[np.array(table.column("generation").to_pylist(), np.int32) <= generation])
+
+
+def _content(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{file}: the list of shards is missing. {remedy}") from None
-    except (pa.ArrowException, OSError, ValidationError):
-        raise DataError(f"{file}: the list of shards is damaged. {remedy}") from None
-    if len(rows) < count:
-        raise DataError(f"{file}: it lists {len(rows)} shards, but {MANIFEST} counts {count}. {remedy}")
-    return rows
+        return None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}.") from None
 
 
-def publish_manifest(folder: Path, manifest: Manifest, rows: Sequence[ShardRow]) -> None:
-    """Publishes the list of shards, then the manifest that counts them: a reader sees the old state or the new."""
+def _parse(content: Any, schema: Any, file: Path | str, what: str) -> Any:
+    if content is None:
+        raise DataError(f"{file}: {what} is missing. {_REMEDY}")
+    try:
+        table = pa.ipc.open_stream(content).read_all()
+    except (pa.ArrowException, OSError):
+        table = None
+    if table is None or not table.schema.equals(schema):
+        raise DataError(f"{file}: {what} is damaged. {_REMEDY}")
+    return table
+
+
+def _dump(table: Any) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, _ROW_SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(_ROWS.dump_python(tuple(rows)), schema=_ROW_SCHEMA))
-    publish_bytes(folder / SHARDS, sink.getvalue(), "the list of shards")
-    publish_text(folder / MANIFEST, _json(manifest), "the manifest")
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
 
 
-def _json(manifest: Manifest) -> str:
+def publish_manifest(
+    folder: Path,
+    manifest: Manifest,
+    shards: ShardList,
+    inputs: Sequence[InputFile],
+    removed: Sequence[tuple[int, int]] = (),
+) -> None:
+    """Publishes the lists, then the manifest that counts them: a reader sees the old state or the new.
+
+    shards, inputs: all rows, those of earlier generations first. removed: (hash, generation) of every document that was
+    removed on request; the file is left out where there is none.
+    """
+    trees = [{**vars(each), "sha256": bytes.fromhex(each.sha256)} for each in inputs]
+    trees = [{name: tree[name] for name in _INPUT_SCHEMA.names} for tree in trees]
+    publish_bytes(folder / INPUTS, _dump(pa.Table.from_pylist(trees, schema=_INPUT_SCHEMA)), "the list of inputs")
+    if removed:
+        pairs = [{"hash": value, "generation": generation} for value, generation in removed]
+        table = pa.Table.from_pylist(pairs, schema=_REMOVED_SCHEMA)
+        publish_bytes(folder / REMOVED, _dump(table), "the list of removed documents")
+    publish_bytes(folder / SHARDS, shards.dump(), "the list of shards")
     content: Any = _MANIFEST.dump_json(manifest, indent=2)
-    return str(content, "utf-8") + "\n"
+    publish_text(folder / MANIFEST, str(content, "utf-8") + "\n", "the manifest")

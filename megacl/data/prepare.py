@@ -35,14 +35,14 @@ from megacl.data.manifest import (
     Generation,
     InputFile,
     Manifest,
+    ShardList,
     ShardRow,
     TokenizerRecord,
     Totals,
-    fingerprint_of,
     publish_manifest,
+    read_inputs,
     read_manifest,
-    read_rows,
-    totals_of,
+    read_shards,
 )
 from megacl.data.shards import token_dtype
 from megacl.data.tokenizer import Tokenizer
@@ -202,13 +202,13 @@ def _made_already(folder: Path, manifest: Manifest, files: Sequence[InputFile], 
     does one of a file that grew or was mended since: a name that the folder has with other content is refused too.
     """
     contents = [file.sha256 for file in files]
-    held: dict[str, tuple[int, str]] = {}
-    names: dict[str, int] = {}
+    inputs = read_inputs(folder, len(manifest.generations))
     for state in manifest.generations:
-        if field == state.field and contents == [each.sha256 for each in state.inputs]:
+        own = [each.sha256 for each in inputs if each.generation == state.generation]
+        if own == contents and state.settings["field"] == field:
             return state
-        held |= {each.sha256: (state.generation, each.name) for each in state.inputs}
-        names |= {os.path.abspath(each.name): state.generation for each in state.inputs}
+    held = {each.sha256: (each.generation, each.name) for each in inputs}
+    names = {os.path.abspath(each.name): each.generation for each in inputs}
     for file in files:  # before those that are held: "leave it out" is no answer to who gives all files again
         name = os.path.abspath(file.name)
         if name in names and file.sha256 not in held:
@@ -243,7 +243,8 @@ def _publish(
 ) -> Manifest:
     """Moves the shards out of the work folder and publishes the generation that they make."""
     generations = manifest.generations if manifest else ()
-    held = read_rows(folder, generations[-1].shards) if generations else ()
+    number = len(generations) + 1
+    held = list(read_shards(folder).until(number - 1)) if generations else []
     added = [row for each in done for row in each.rows]
     bad_lines, empty = sum(each.bad_lines for each in done), sum(each.empty_documents for each in done)
     if not added:
@@ -252,16 +253,17 @@ def _publish(
             f"({bad_lines} bad lines, {empty} documents without text). Check the files and --field."
         )
     _check_held_out(folder, [*held, *added], recipe.validation)
-    rows = [*held, *_move_shards(folder, held, added)]
+    shards = ShardList.of_rows([*held, *_move_shards(folder, held, added, number)])
     dtype = token_dtype(tokenizer.vocab_size)
+    rows = shards.at(number)
     state = Generation(
-        generation=len(generations) + 1,
+        generation=number,
         shards=len(rows),
-        train=totals_of(rows, "train"),
-        validation=totals_of(rows, "validation"),
-        fingerprint=fingerprint_of(tokenizer.fingerprint, dtype, rows),
-        inputs=tuple(files),
-        field=recipe.field,
+        train=rows.totals("train"),
+        validation=rows.totals("validation"),
+        fingerprint=rows.fingerprint(tokenizer.fingerprint, dtype),
+        made_by="prepare",
+        settings={"field": recipe.field},
         bad_lines=bad_lines,
         empty_documents=empty,
     )
@@ -280,12 +282,14 @@ def _publish(
         validation=recipe.validation,
         generations=(*generations, state),
     )
-    publish_manifest(folder, published, rows)
+    inputs = read_inputs(folder, number - 1) if generations else ()
+    publish_manifest(folder, published, shards, [*inputs, *(replace(each, generation=number) for each in files)])
     return published
 
 
 def _check_held_out(folder: Path, rows: Sequence[ShardRow], validation: float) -> None:
-    found, documents = totals_of(rows, "validation").documents, sum(row.documents for row in rows)
+    found = sum(row.documents for row in rows if row.split == "validation")
+    documents = sum(row.documents for row in rows)
     if validation > 0 and found < MIN_HELD_OUT:
         raise DataError(
             f"{folder}: {found} of {documents} documents are held out at --validation {validation:g}, and a "
@@ -294,12 +298,12 @@ def _check_held_out(folder: Path, rows: Sequence[ShardRow], validation: float) -
         )
 
 
-def _move_shards(folder: Path, held: Sequence[ShardRow], added: Sequence[ShardRow]) -> list[ShardRow]:
+def _move_shards(folder: Path, held: Sequence[ShardRow], added: Sequence[ShardRow], generation: int) -> list[ShardRow]:
     """Moves the added shards from the work folder to their places behind those held, and returns their new rows."""
     counts = Counter(row.split for row in held)
     moved = []
     for row in added:
-        moved.append(replace(row, path=f"{row.split}-{counts[row.split]:05d}.arrow"))
+        moved.append(replace(row, path=f"{row.split}-{counts[row.split]:05d}.arrow", added=generation))
         counts[row.split] += 1
     listed = {row.path for row in (*held, *moved)}
     with disk_errors(folder, "the shards"):

@@ -1,9 +1,10 @@
 """Tokenized documents on disk: write a shard, read a source as one flat stream of tokens, verify a data folder.
 
-A shard is an Arrow IPC stream, uncompressed, of exactly one record batch with one column, `tokens`: a row is a
-document, a list of uint16 or uint32 tokens that ends with EOS. Plain pyarrow and `datasets.Dataset.from_file` open
-it. megacl does not go through Arrow to read: the batch's value buffer is all documents behind one another, so a shard
-is a flat memory map of that buffer, at an offset that shards.arrow records.
+A shard is an Arrow IPC stream, uncompressed, of exactly one record batch. A row is a document: `tokens`, a list of
+uint16 or uint32 that ends with EOS, `text_bytes`, the length of its text, and `hash`, which tells the text. Plain
+pyarrow and `datasets.Dataset.from_file` open it. megacl does not go through Arrow to train: the value buffer of
+`tokens` is all documents behind one another, so a shard is a flat memory map of that buffer, at an offset that
+shards.arrow records.
 
     source = open_source("data/english")            # reads the manifest and the list of shards, touches no shard
     source.train.tokens                             # how many there are, over all shards
@@ -14,7 +15,7 @@ is a flat memory map of that buffer, at an offset that shards.arrow records.
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,20 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from megacl.data.manifest import (
+    MANIFEST,
+    SHARDS,
     DTypeName,
+    Generation,
+    Hashes,
+    Manifest,
+    ShardList,
     ShardRow,
     Split,
-    TokenizerRecord,
-    fingerprint_of,
     read_manifest,
-    read_rows,
-    totals_of,
+    read_shards,
 )
 from megacl.errors import DataError
-from megacl.publish import publish_bytes, sha256_of
+from megacl.publish import publish_bytes
 
 Tokens = npt.NDArray[Any]
 """uint16 or uint32, as the manifest's dtype says."""
@@ -51,28 +55,63 @@ def token_dtype(vocab_size: int) -> DTypeName:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def write_shard(
-    path: Path, documents: Sequence[Tokens], dtype: DTypeName, *, split: Split, text_bytes: int
-) -> ShardRow:
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a shard, in order; all arrays are views or of the same length."""
+
+    values: Tokens
+    """All tokens behind one another, [tokens]."""
+    offsets: npt.NDArray[np.int32]
+    """Where in `values` each document begins, and the end of the last: [documents + 1]."""
+    text_bytes: npt.NDArray[np.int64]
+    """UTF-8 bytes of each document's raw text, [documents]."""
+    hashes: Hashes
+    """Of each document's text, [documents]."""
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def tokens(self, index: int) -> Tokens:
+        """The tokens of one document, EOS included."""
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> "Documents":
+        """The documents of a mask, bool [documents]; a copy."""
+        lengths = np.diff(self.offsets)
+        offsets = np.zeros(int(mask.sum()) + 1, np.int32)
+        np.cumsum(lengths[mask], out=offsets[1:])
+        return Documents(self.values[np.repeat(mask, lengths)], offsets, self.text_bytes[mask], self.hashes[mask])
+
+
+def join_documents(
+    tokens: Sequence[Tokens], dtype: DTypeName, *, text_bytes: Sequence[int], hashes: Sequence[int]
+) -> Documents:
+    """Documents one by one, all tokens of them below 2^16 for uint16, as those of a shard.
+
+    ValueError for more than 2^31 - 1 tokens.
+    """
+    offsets = np.zeros(len(tokens) + 1, np.int64)
+    np.cumsum([len(each) for each in tokens], out=offsets[1:])
+    if offsets[-1] > MAX_SHARD_TOKENS:
+        raise ValueError(f"a shard holds at most {MAX_SHARD_TOKENS} tokens, not {offsets[-1]}")
+    values = np.concatenate(tokens, dtype=dtype, casting="same_kind") if tokens else np.empty(0, dtype)
+    return Documents(values, offsets.astype(np.int32), np.array(text_bytes, np.int64), np.array(hashes, np.uint64))
+
+
+def write_shard(path: Path, documents: Documents, *, split: Split) -> ShardRow:
     """Publishes a shard and returns its row for shards.arrow, whose path is the file's name.
 
-    documents: at least one; each the tokens of one document, EOS at its end, all of them below 2^16 for uint16.
-    text_bytes: UTF-8 bytes of the documents' raw text. Raises ValueError for no documents or more than 2^31 - 1
-    tokens, and DataError if the disk refuses.
+    documents: at least one, EOS at the end of each; ValueError otherwise. DataError if the disk refuses.
     """
-    offsets = np.zeros(len(documents) + 1, np.int64)
-    np.cumsum([len(document) for document in documents], out=offsets[1:])
-    if not documents or offsets[-1] > MAX_SHARD_TOKENS:
-        raise ValueError(f"a shard holds 1 document or more and at most {MAX_SHARD_TOKENS} tokens, not {offsets[-1]}")
-    values = np.concatenate(documents, dtype=dtype, casting="same_kind")
-
+    if not len(documents):
+        raise ValueError("a shard holds at least one document")
     # From buffers: pa.array() would import pandas where that is installed, which takes a second.
-    value_type = pa.from_numpy_dtype(np.dtype(dtype))
-    flat = pa.Array.from_buffers(value_type, len(values), [None, pa.py_buffer(values)])
+    values = _array(documents.values)
     lists = pa.Array.from_buffers(
-        pa.list_(value_type), len(documents), [None, pa.py_buffer(offsets.astype(np.int32))], children=[flat]
+        pa.list_(values.type), len(documents), [None, pa.py_buffer(documents.offsets)], children=[values]
     )
-    batch = pa.RecordBatch.from_arrays([lists], ["tokens"])
+    columns = {"tokens": lists, "text_bytes": _array(documents.text_bytes), "hash": _array(documents.hashes)}
+    batch = pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -82,12 +121,21 @@ def write_shard(
         path=path.name,
         split=split,
         documents=len(documents),
-        tokens=len(values),
-        text_bytes=text_bytes,
+        tokens=len(documents.values),
+        text_bytes=int(documents.text_bytes.sum()),
         size=content.size,
         offset=_value_buffer(_only_batch(content)).address - content.address,
         sha256=hashlib.sha256(content).hexdigest(),
     )
+
+
+def _array(values: npt.NDArray[Any]) -> Any:
+    values = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def _columns(dtype: DTypeName) -> dict[str, Any]:
+    return {"tokens": pa.list_(pa.from_numpy_dtype(np.dtype(dtype))), "text_bytes": pa.int64(), "hash": pa.uint64()}
 
 
 def _only_batch(content: Any) -> Any:
@@ -139,9 +187,13 @@ def _map_batch(file: Path, row: ShardRow, dtype: DTypeName) -> Any:
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise _BadShardError(f"the shard is not readable as an Arrow stream ({reason})") from None
-    expected = pa.list_(pa.from_numpy_dtype(np.dtype(dtype)))
-    if batch.schema.names != ["tokens"] or batch.schema.types != [expected]:
-        raise _BadShardError(f"the shard's columns are {batch.schema.names}, not one of type {expected} named tokens")
+    expected = _columns(dtype)
+    if dict(zip(batch.schema.names, batch.schema.types, strict=True)) != expected:
+        found_text, expected_text = (
+            ", ".join(f"{name} {kind}" for name, kind in columns)
+            for columns in (zip(batch.schema.names, batch.schema.types, strict=True), expected.items())
+        )
+        raise _BadShardError(f"the shard's columns are {found_text}, not {expected_text}")
     found = (batch.num_rows, len(batch.column(0).values), _value_buffer(batch).address - content.address)
     if found != (row.documents, row.tokens, row.offset):
         raise _BadShardError(
@@ -158,21 +210,20 @@ class TokenStream:
     read: DataError names the file. Positions count tokens from 0 to `tokens`; outside that, ValueError.
     """
 
-    def __init__(self, folder: Path, rows: Sequence[ShardRow], dtype: DTypeName) -> None:
-        self.folder, self.rows, self.dtype = folder, tuple(rows), dtype
-        self.documents = sum(row.documents for row in rows)
-        self.text_bytes = sum(row.text_bytes for row in rows)
-        counts = np.array([row.tokens for row in rows], np.int64)
-        self._ends = np.cumsum(counts)
-        self._starts = self._ends - counts
-        self.tokens = int(counts.sum())
+    def __init__(self, folder: Path, shards: ShardList, dtype: DTypeName) -> None:
+        self.folder, self.shards, self.dtype = folder, shards, dtype
+        self.documents = int(shards.numbers("documents").sum())
+        self.text_bytes = int(shards.numbers("text_bytes").sum())
+        self.ends = np.cumsum(shards.numbers("tokens"))
+        """Where each shard's tokens end, int64 [shards]."""
+        self.tokens = int(self.ends[-1]) if len(shards) else 0
 
     def read(self, start: int, length: int) -> Tokens:
         """Tokens [start, start + length): [length], of the shards' own type, read-only; a copy only across shards."""
         self._check(start, start, length)
         if length == 0:
             return np.empty(0, self.dtype)
-        parts = list(self._parts(start, length, int(np.searchsorted(self._ends, start, side="right"))))
+        parts = list(self._parts(start, length, int(np.searchsorted(self.ends, start, side="right"))))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def gather(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
@@ -181,9 +232,9 @@ class TokenStream:
         if result.size == 0:
             return result
         self._check(int(starts.min()), int(starts.max()), length)
-        first = np.searchsorted(self._ends, starts, side="right")
-        last = np.searchsorted(self._ends, starts + (length - 1), side="right")
-        local = starts - self._starts[first]
+        first = np.searchsorted(self.ends, starts, side="right")
+        last = np.searchsorted(self.ends, starts + (length - 1), side="right")
+        local = starts - self._begins(first)
         inside = first == last
         for row, shard, begin, whole in zip(
             result, first.tolist(), local.tolist(), inside.tolist(), strict=True
@@ -194,6 +245,13 @@ class TokenStream:
             np.concatenate(list(self._parts(int(starts[index]), length, int(first[index]))), out=result[index])
         return result
 
+    def _begins(self, shards: Any) -> Any:
+        return self.ends[shards] - self.shards.numbers("tokens")[shards]
+
+    def documents_of(self, shard: int) -> Documents:
+        """The documents of one shard, by its number; DataError if it is damaged or cannot be opened."""
+        return open_documents(self.folder, self.shards.row(shard), self.dtype)
+
     def _check(self, lowest: int, highest: int, length: int) -> None:
         if lowest < 0 or length < 0 or highest + length > self.tokens:
             raise ValueError(
@@ -203,7 +261,7 @@ class TokenStream:
     def _parts(self, start: int, length: int, shard: int) -> Iterator[Tokens]:
         """The tokens as one piece a shard that they lie in; `shard` is the one that holds `start`."""
         while length > 0:
-            begin = start - int(self._starts[shard])
+            begin = start - int(self._begins(shard))
             part = _open_shard(self, shard)[begin : begin + length]
             yield part
             start, length, shard = start + len(part), length - len(part), shard + 1
@@ -214,13 +272,27 @@ class TokenStream:
 @functools.lru_cache(maxsize=_OPEN_SHARDS)
 def _open_shard(stream: TokenStream, shard: int) -> Tokens:
     """The tokens of one of the stream's shards, read-only; DataError if it is damaged or cannot be opened."""
-    row = stream.rows[shard]
-    file = stream.folder / row.path
+    return open_documents(stream.folder, stream.shards.row(shard), stream.dtype).values
+
+
+def open_documents(folder: Path, row: ShardRow, dtype: DTypeName) -> Documents:
+    """The documents of a shard, mapped, read-only; DataError if it is damaged or cannot be opened."""
+    file = folder / row.path
     try:
-        batch = _map_batch(file, row, stream.dtype)
+        batch = _map_batch(file, row, dtype)
     except _BadShardError as error:
         raise DataError(f"{file}: {error}. {error.remedy}") from None
-    return np.frombuffer(_value_buffer(batch), stream.dtype, row.tokens)
+    return _documents(batch, row, dtype)
+
+
+def _documents(batch: Any, row: ShardRow, dtype: DTypeName) -> Documents:
+    lists, text_bytes, hashes = (batch.column(index).buffers() for index in range(3))
+    return Documents(
+        np.frombuffer(lists[3], dtype, row.tokens),
+        np.frombuffer(lists[1], np.int32, row.documents + 1),
+        np.frombuffer(text_bytes[1], np.int64, row.documents),
+        np.frombuffer(hashes[1], np.uint64, row.documents),
+    )
 
 
 @dataclass(frozen=True)
@@ -230,98 +302,71 @@ class Source:
     name: str
     path: Path
     generation: int
+    since: int  # what this earlier generation held is left out; 0: nothing is
     fingerprint: str
     dtype: DTypeName
     tokenizer_fingerprint: str
     tokenizer_file: Path
     vocab_size: int  # of the tokenizer: every token is below it
     eos_id: int
-    train_documents: int
+    held_out: float  # the part of the documents that is held out, by their hashes
     train: TokenStream
     validation: TokenStream
 
 
-def open_source(path: str | Path, generation: int | None = None) -> Source:
+def open_source(path: str | Path, generation: int | None = None, since: int = 0) -> Source:
     """Opens a data folder at a generation, the last one if None, without touching a shard.
 
-    DataError if the folder, its manifest or its list of shards is missing or damaged, or has no such generation.
+    since: leave out what that earlier generation held already. DataError if the folder, its manifest or its list of
+    shards is missing or damaged, has no such generation, or none of its shards is newer than `since`.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
     state = manifest.at(generation, folder)
-    rows = read_rows(folder, state.shards)
-    if fingerprint_of(manifest.tokenizer.fingerprint, manifest.dtype, rows) != state.fingerprint:
-        raise DataError(
-            f"{folder}: the list of shards is not the one that generation {state.generation} was made with: its "
-            "fingerprint differs. Restore both files from one copy, or prepare the folder again."
-        )
+    shards = read_shards(folder).at(state.generation)
+    _check_shards(folder, manifest, state, shards)
+    if since:
+        shards = shards.at(state.generation, since)
+        if not len(shards):
+            raise DataError(
+                f"{folder}: generation {state.generation} has no shard that generation {since} had not. Prepare new "
+                "documents into it, or lower `since`."
+            )
     return Source(
         name=manifest.source,
         path=folder,
         generation=state.generation,
-        fingerprint=state.fingerprint,
+        since=since,
+        fingerprint=shards.fingerprint(manifest.tokenizer.fingerprint, manifest.dtype) if since else state.fingerprint,
         dtype=manifest.dtype,
         tokenizer_fingerprint=manifest.tokenizer.fingerprint,
         tokenizer_file=folder / manifest.tokenizer.file,
         vocab_size=manifest.tokenizer.vocab_size,
         eos_id=manifest.tokenizer.eos_id,
-        train_documents=state.train.documents,
-        train=TokenStream(folder, [row for row in rows if row.split == "train"], manifest.dtype),
-        validation=TokenStream(folder, [row for row in rows if row.split == "validation"], manifest.dtype),
+        held_out=manifest.validation,
+        train=TokenStream(folder, shards.split("train"), manifest.dtype),
+        validation=TokenStream(folder, shards.split("validation"), manifest.dtype),
     )
 
 
-def verify_source(
-    path: str | Path, generation: int | None = None, progress: Callable[[int, int], None] | None = None
-) -> list[str]:
-    """Reads every byte of a generation and returns what is wrong with it, a line a problem; [] if nothing is.
-
-    Checked: the counts and the fingerprint of the manifest, the tokenizer's file, and of every shard the size, the
-    header, the hash, that every token is below the vocabulary's size and that every document ends with EOS.
-    progress is called with the bytes done and the bytes in all. DataError if there is nothing to verify: no manifest
-    or no list of shards that can be read.
-    """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    state = manifest.at(generation, folder)
-    rows = read_rows(folder, state.shards)
-    tokenizer = manifest.tokenizer
-    problems = []
-    if fingerprint_of(tokenizer.fingerprint, manifest.dtype, rows) != state.fingerprint:
-        problems.append(f"{folder}: the fingerprint of generation {state.generation} is not that of its shards")
-    if (totals_of(rows, "train"), totals_of(rows, "validation")) != (state.train, state.validation):
-        problems.append(f"{folder}: the counts of generation {state.generation} are not those of its shards")
-    tokenizer_file = folder / tokenizer.file
-    if not tokenizer_file.is_file():
-        problems.append(f"{tokenizer_file}: the tokenizer's file is missing")
-    elif sha256_of(tokenizer_file) != tokenizer.fingerprint:
-        problems.append(f"{tokenizer_file}: it is not the tokenizer that made the shards")
-    done, total = 0, sum(row.size for row in rows)
-    for row in rows:
-        file = folder / row.path
-        try:
-            if problem := _damage(file, row, manifest.dtype, tokenizer):
-                problems.append(f"{file}: {problem}")
-        except OSError as error:
-            problems.append(f"{file}: the shard cannot be read: {error.strerror}")
-        done += row.size
-        if progress:
-            progress(done, total)
-    return problems
+def _check_shards(folder: Path, manifest: Manifest, state: Generation, shards: ShardList) -> None:
+    if len(shards) != state.shards:
+        raise DataError(
+            f"{folder / SHARDS}: it lists {len(shards)} shards of generation {state.generation}, but {MANIFEST} counts "
+            f"{state.shards}. Restore both files from one copy, or prepare the folder again."
+        )
+    if shards.fingerprint(manifest.tokenizer.fingerprint, manifest.dtype) != state.fingerprint:
+        raise DataError(
+            f"{folder}: the list of shards is not the one that generation {state.generation} was made with: its "
+            "fingerprint differs. Restore both files from one copy, or prepare the folder again."
+        )
 
 
-def _damage(file: Path, row: ShardRow, dtype: DTypeName, tokenizer: TokenizerRecord) -> str | None:
-    """What is wrong with a shard, every byte of it read, or None."""
-    try:
-        buffers = _map_batch(file, row, dtype).column(0).buffers()
-    except _BadShardError as error:
-        return str(error)
-    if sha256_of(file) != row.sha256:
-        return "its hash is not the one in shards.arrow; it was changed or damaged"
-    ends = np.frombuffer(buffers[1], np.int32)[1:]
-    values = np.frombuffer(buffers[3], dtype)
-    if int(values.max()) >= tokenizer.vocab_size:
-        return f"it holds token {values.max()}, but the vocabulary has {tokenizer.vocab_size} tokens"
-    if not (values[ends - 1] == tokenizer.eos_id).all():
-        return "a document in it does not end with EOS"
-    return None
+def hash_of(text: bytes) -> int:
+    """What a shard records of a document's text in UTF-8: 8 bytes of BLAKE2b, as a big-endian number."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def held_out_below(validation: float) -> int:
+    """The bound below which a document's hash makes it a held-out one. validation: the part held out, in [0, 1)."""
+    return int(validation * 2**64)

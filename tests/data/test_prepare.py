@@ -19,9 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacl.data.documents import cut_blocks, find_inputs, identify, read_documents, read_segment
+from megacl.data.manifest import InputFile, read_inputs
 from megacl.data.prepare import prepare
-from megacl.data.shards import Source, open_source, verify_source
+from megacl.data.shards import Source, open_source
 from megacl.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from megacl.data.verify import verify_source
 from megacl.errors import ConfigError, DataError, LaunchError, MegaclError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +104,7 @@ def test_the_streams_are_the_documents_in_order_each_ended_by_eos(tmp_path, raw,
     assert report.text_bytes == source.train.text_bytes + source.validation.text_bytes
     assert report.held_out == source.validation.documents == held_out.count(tokenizer.eos_id)
     assert (source.name, source.eos_id, source.vocab_size) == ("out", tokenizer.eos_id, tokenizer.vocab_size)
-    assert len(source.train.rows) > 3
+    assert len(source.train.shards) > 3
     assert verify_source(tmp_path / "out") == []
     assert load_tokenizer(source.tokenizer_file).fingerprint == source.tokenizer_fingerprint == tokenizer.fingerprint
 
@@ -123,7 +125,7 @@ def test_a_compressed_file_gives_the_same_streams(tmp_path, texts, tokenizer, su
     prepare([str(packed)], tokenizer=tokenizer, out=tmp_path / "out", validation=0.3, workers=1, block_bytes=BLOCK)
     source = open_source(tmp_path / "out")
     assert tokens_of(source) == expected_tokens(texts, tokenizer, 0.3)
-    assert len(source.train.rows) > 3
+    assert len(source.train.shards) > 3
 
 
 def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path, texts, tokenizer):
@@ -135,7 +137,7 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path, texts, toke
     report = prepare([str(tmp_path / "raw")], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=1)
     source = open_source(tmp_path / "out")
     assert tokens_of(source)[0] == expected_tokens(texts, tokenizer, 0)[0]
-    assert len(source.train.rows) == 1  # small files share a block
+    assert len(source.train.shards) == 1  # small files share a block
     assert report.passed_over == (str(tmp_path / "raw" / "README.md"),)
     assert source.validation.tokens == 0
 
@@ -293,7 +295,7 @@ def test_more_files_make_a_generation_and_leave_the_earlier_one_as_it_was(tmp_pa
     assert open_source(out, 1).fingerprint == early.fingerprint != open_source(out).fingerprint
     assert open_source(out).name == "deutsch"
     after = contents(out)
-    assert {name for name in before if after[name] != before[name]} == {"manifest.json", "shards.arrow"}
+    assert {name for name in before if after[name] != before[name]} == {"manifest.json", "shards.arrow", "inputs.arrow"}
     assert verify_source(out, 1) == verify_source(out, 2) == []
 
 
@@ -332,10 +334,9 @@ def test_a_file_is_known_by_its_content_whatever_its_name_and_date(tmp_path, mon
 def test_an_input_is_recorded_with_the_sha256_of_the_file_on_disk(tmp_path, raw, tokenizer):
     packed = compress(tmp_path / "packed.jsonl.gz", raw.read_bytes())
     prepare([str(raw), str(packed)], tokenizer=tokenizer, out=tmp_path / "out", validation=0, workers=2)
-    recorded = json.loads((tmp_path / "out" / "manifest.json").read_text())["generations"][0]["inputs"]
-    for file, record in zip((raw, packed), recorded, strict=True):
+    for file, record in zip((raw, packed), read_inputs(tmp_path / "out", 1), strict=True):
         content = file.read_bytes()
-        assert record == {"name": str(file), "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert record == InputFile(str(file), len(content), hashlib.sha256(content).hexdigest(), generation=1)
 
 
 @given(data=st.data())

@@ -1,0 +1,67 @@
+"""Every byte of a data folder compared with what its manifest says: `megacl data verify DIR`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megacl.data.manifest import Manifest, ShardRow, read_manifest, read_shards
+from megacl.data.shards import held_out_below, open_documents
+from megacl.errors import DataError
+from megacl.publish import sha256_of
+
+
+def verify_source(
+    path: str | Path, generation: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> list[str]:
+    """Reads every byte of a generation and returns what is wrong with it, a line a problem; [] if nothing is.
+
+    Checked: the counts and the fingerprint of the manifest, the tokenizer's file, and of every shard the size, the
+    header, the hash, that every token is below the vocabulary's size, that every document ends with EOS and that each
+    is in the split that its hash says. progress is called with the bytes done and the bytes in all. DataError if there
+    is nothing to verify: no manifest or no list of shards that can be read.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    state = manifest.at(generation, folder)
+    shards = read_shards(folder).at(state.generation)
+    tokenizer = manifest.tokenizer
+    problems = []
+    if shards.fingerprint(tokenizer.fingerprint, manifest.dtype) != state.fingerprint:
+        problems.append(f"{folder}: the fingerprint of generation {state.generation} is not that of its shards")
+    if (shards.totals("train"), shards.totals("validation")) != (state.train, state.validation):
+        problems.append(f"{folder}: the counts of generation {state.generation} are not those of its shards")
+    tokenizer_file = folder / tokenizer.file
+    if not tokenizer_file.is_file():
+        problems.append(f"{tokenizer_file}: the tokenizer's file is missing")
+    elif sha256_of(tokenizer_file) != tokenizer.fingerprint:
+        problems.append(f"{tokenizer_file}: it is not the tokenizer that made the shards")
+    done, total = 0, int(shards.numbers("size").sum())
+    for row in shards:
+        try:
+            if problem := _damage(folder, row, manifest):
+                problems.append(f"{folder / row.path}: {problem}")
+        except DataError as error:
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{folder / row.path}: the shard cannot be read: {error.strerror}")
+        done += row.size
+        if progress:
+            progress(done, total)
+    return problems
+
+
+def _damage(folder: Path, row: ShardRow, manifest: Manifest) -> str | None:
+    """What is wrong with a shard, every byte of it read, or None."""
+    documents = open_documents(folder, row, manifest.dtype)
+    if sha256_of(folder / row.path) != row.sha256:
+        return "its hash is not the one in shards.arrow; it was changed or damaged"
+    tokenizer = manifest.tokenizer
+    if (highest := int(documents.values.max())) >= tokenizer.vocab_size:
+        return f"it holds token {highest}, but the vocabulary has {tokenizer.vocab_size} tokens"
+    if not (documents.values[documents.offsets[1:] - 1] == tokenizer.eos_id).all():
+        return "a document in it does not end with EOS"
+    if int(documents.text_bytes.sum()) != row.text_bytes:
+        return "the lengths of its texts do not add up to the one in shards.arrow"
+    held_out = documents.hashes < held_out_below(manifest.validation)
+    if (held_out != (row.split == "validation")).any():
+        return f"it holds a document that does not belong to the {row.split} split"
+    return None
