@@ -138,6 +138,8 @@ class RunConfig:
     """Null: the one that the sources were prepared with."""
     seed: Annotated[int, Field(ge=0, lt=2**63, description="the seed of weights and order")] = 0
     order: Literal["v1"] = "v1"
+    boundaries: Literal["ignore", "attention"] = "ignore"
+    """attention: tokens do not look across the documents of a sequence, and positions restart in each."""
     start_from: str | None = None
     """A model to go on from, weights and history: RUN, RUN@PHASE, RUN@STEP, or a checkpoint's folder."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -1,7 +1,8 @@
 """Loss on held-out documents, per source; what was forgotten and what was gained.
 
 Every token of a source's held-out documents is predicted exactly once, the documents end to end, the first one after an
-end-of-document token; windows of seq_length tokens follow one another without overlap. So
+end-of-document token; windows of seq_length tokens follow one another without overlap. What a token sees of a window
+is what the model saw in training: all before it, or with `boundaries: attention` its own document's part. So
 
     loss          = nats over all tokens / tokens
     bits per byte = nats over all tokens / ln 2 / UTF-8 bytes of the documents

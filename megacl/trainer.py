@@ -71,6 +71,8 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
                     for line in notices(found.config.phases[index], stream):
                         log.warn(line)
             model = build_model(found.config.model, seed=config.seed)
+            if config.boundaries == "attention":
+                model.document_end = found.inputs.tokenizer.eos_id
             engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=ranks)
             with ranks.together():
                 if ranks.rank == 0:
@@ -165,7 +167,7 @@ class _Run:
         config = self.config
         size = f"{count_parameters(config.model):,} parameters"
         what = f"{size}, {config.engine.kind} engine, {self.ranks.world_size} rank(s)"
-        kernels = ", ".join(f"{op}: {form}" for op, form in kernels_chosen().items())
+        kernels = ", ".join(f"{op}: {form}" for op, form in kernels_chosen(compiled=config.engine.compile).items())
         parent = self.origin.parent
         where = (
             f"from {parent.path}" if parent else f"going on at step {self.step}" if self.step else "from the beginning"

@@ -59,9 +59,15 @@ class Outcome:
 
 
 def make_engine(
-    ranks: Ranks, model: ModelConfig = NEOX, optimizer: OptimizerConfig = OPTIMIZER, **settings: Any
+    ranks: Ranks,
+    model: ModelConfig = NEOX,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    document_end: int | None = None,
+    **settings: Any,
 ) -> Engine:
-    return build_engine(build_model(model, seed=1), engine=EngineConfig(**settings), optimizer=optimizer, ranks=ranks)
+    built = build_model(model, seed=1)
+    built.document_end = document_end
+    return build_engine(built, engine=EngineConfig(**settings), optimizer=optimizer, ranks=ranks)
 
 
 def arrays(engine: Engine) -> State:
@@ -81,10 +87,11 @@ def train(
     *,
     go_on_from: Outcome | None = None,
     reset_before: int | None = None,
+    document_end: int | None = None,
     **settings: Any,
 ) -> Outcome:
     """Trains on this rank's slices; everything that a test compares is in the outcome."""
-    engine = make_engine(ranks, **settings)
+    engine = make_engine(ranks, document_end=document_end, **settings)
     if go_on_from is not None:
         restore(engine, go_on_from)
     rows = ROWS // ranks.world_size
@@ -309,6 +316,25 @@ def test_layers_are_computed_again_under_zero(stage, undisturbed):
 def test_compiled_layers_give_the_same_losses(undisturbed):
     outcome = train_native(range(5), compile=True)
     np.testing.assert_allclose(outcome.losses, undisturbed.losses[:5], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def apart() -> Outcome:
+    """Token 7 ends a document: about one in 50 does."""
+    return train_native(range(5), document_end=7)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_documents_are_kept_apart_under_zero_as_in_native(stage, apart, undisturbed):
+    assert abs(apart.losses[-1] - undisturbed.losses[4]) > 1e-4
+    settings = {"micro_batch_size": 2, "activation_checkpointing": "full" if stage == 3 else "none"}
+    assert_close(train_zero(stage, range(5), document_end=7, **settings), apart)
+
+
+@pytest.mark.long
+def test_compiled_layers_keep_documents_apart(apart):
+    outcome = train_native(range(5), document_end=7, compile=True)
+    np.testing.assert_allclose(outcome.losses, apart.losses, rtol=1e-5)
 
 
 def test_ignored_targets_add_no_nats():

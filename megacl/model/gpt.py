@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megacl import kernels
 from megacl.model.config import ModelConfig
-from megacl.model.layers import Attention, GeluMLP, SwiGLUMLP, build_norm, rotary_tables
+from megacl.model.layers import Attention, GeluMLP, SwiGLUMLP, build_norm, find_documents, rotary_tables
 
 
 class Block(nn.Module):
@@ -44,8 +44,8 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(config)
         self.mlp = GeluMLP(config) if config.form == "gpt_neox" else SwiGLUMLP(config)
 
-    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        attended_BTD: Tensor = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TR, sin_TR)
+    def forward(self, x_BTD: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds: Tensor | None) -> Tensor:
+        attended_BTD: Tensor = x_BTD + self.attention(self.attention_norm(x_BTD), cos_PR, sin_PR, bounds)
         mlp_input_BTD = x_BTD if self.parallel else attended_BTD
         x_BTD = attended_BTD + self.mlp(self.mlp_norm(mlp_input_BTD))
         return x_BTD
@@ -72,6 +72,8 @@ class GPT(nn.Module):
 
     loss_chunk: tokens whose logits exist at one time while a loss is computed.
     checkpoint_layers: keep only each layer's input for the backward pass and compute the layer again there.
+    document_end: the token that ends a document. With it, tokens do not look across documents and positions count from
+    where each begins (`find_documents`); with None, a sequence is one text.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -79,6 +81,7 @@ class GPT(nn.Module):
         self.config = config
         self.loss_chunk = 1024
         self.checkpoint_layers = False
+        self.document_end: int | None = None
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = build_norm(config)
@@ -97,13 +100,17 @@ class GPT(nn.Module):
         Returns the sum of -log p(target) in nats, a scalar in fp32 (fp64 in an fp64 model); without targets the logits
         [B, T, V] in the model's dtype, or [B, 1, V] of the last position with last_only.
         """
-        cos_TR, sin_TR = rotary_tables(self.config, tokens_BT.shape[1], tokens_BT.device)
+        cos_PR, sin_PR = rotary_tables(self.config, tokens_BT.shape[1], tokens_BT.device)
+        bounds = None
+        if self.document_end is not None:
+            bounds, positions_BT = find_documents(tokens_BT, self.document_end)
+            cos_PR, sin_PR = (table_TR[positions_BT].unsqueeze(1) for table_TR in (cos_PR, sin_PR))
         x_BTD: Tensor = self.embed(tokens_BT)
         for layer in self.layers:
             if self.checkpoint_layers and torch.is_grad_enabled():
-                x_BTD = checkpoint(layer, x_BTD, cos_TR, sin_TR, use_reentrant=False, preserve_rng_state=False)
+                x_BTD = checkpoint(layer, x_BTD, cos_PR, sin_PR, bounds, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTD = layer(x_BTD, cos_TR, sin_TR)
+                x_BTD = layer(x_BTD, cos_PR, sin_PR, bounds)
         if last_only:
             x_BTD = x_BTD[:, -1:]
         result: Tensor = self.head(self.final_norm(x_BTD), targets_BT, self.loss_chunk)

@@ -1,12 +1,14 @@
 """The parts of a decoder block: norms, rotary position, attention, MLP. Plain single-device PyTorch.
 
 Suffixes: B batch, T time, D hidden, H query heads, K key/value heads, E width of a head, R half of its rotated part.
+P is T in rotary tables for all rows, and B x 1 x T in those where each row has positions of its own.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megacl import kernels
 from megacl.model.config import ModelConfig
 
 
@@ -28,21 +30,39 @@ def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tup
     return angles_TR.cos(), angles_TR.sin()
 
 
-def rotate(x_BHTE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+def find_documents(tokens_BT: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    """Where documents begin in a batch, and each token's position in its own.
+
+    A document begins at each token `end`: as a target it is the last of its document, as an input it is what the first
+    token of the next one is predicted from. Each row begins one, too, where it begins in the middle of a text.
+    tokens_BT: int64. Returns the bounds that `kernels.attention` takes, int32 [documents + 1], and positions, int64
+    [B, T], which count from 0 in each document.
+    """
+    begins_BT = tokens_BT == end
+    begins_BT[:, 0] = True
+    begins_N = begins_BT.flatten()
+    starts = begins_N.nonzero().squeeze(1)
+    positions_N = torch.arange(begins_N.numel(), device=tokens_BT.device) - starts[begins_N.cumsum(0) - 1]
+    bounds = F.pad(starts, (0, 1), value=begins_N.numel()).int()
+    return bounds, positions_N.view_as(tokens_BT)
+
+
+def rotate(x_BHTE: Tensor, cos_PR: Tensor, sin_PR: Tensor) -> Tensor:
     """Rotates the pairs (e, e + R) of each head, e < R, by their position's angles; what lies behind 2 R stays.
 
     Source: Su et al. 2021, arXiv 2104.09864, with GPT-NeoX's pairing of the two halves.
     """
-    half = cos_TR.shape[-1]
+    half = cos_PR.shape[-1]
     first, second, rest = torch.split(x_BHTE, [half, half, x_BHTE.shape[-1] - 2 * half], dim=-1)
-    turned = (first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR)
+    turned = (first * cos_PR - second * sin_PR, second * cos_PR + first * sin_PR)
     return torch.cat([*(part.to(x_BHTE.dtype) for part in turned), rest], dim=-1)
 
 
 class Attention(nn.Module):
     """Causal self-attention; fewer key/value heads than query heads where the model has them (arXiv 2305.13245).
 
-    qkv's rows are all query heads, then all key heads, then all value heads, each in order.
+    With bounds (`find_documents`) it stays inside documents, without inside rows. qkv's rows are all query heads, then
+    all key heads, then all value heads, each in order.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -52,14 +72,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
 
-    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds: Tensor | None) -> Tensor:
         batch, length, _ = x_BTD.shape
         heads_BHTE = self.qkv(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         qk_BHTE, v_BKTE = torch.split(heads_BHTE, [self.heads + self.kv_heads, self.kv_heads], dim=1)
-        q_BHTE, k_BKTE = torch.split(rotate(qk_BHTE, cos_TR, sin_TR), [self.heads, self.kv_heads], dim=1)
-        mixed_BHTE = F.scaled_dot_product_attention(
-            q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=self.kv_heads != self.heads
-        )
+        q_BHTE, k_BKTE = torch.split(rotate(qk_BHTE, cos_PR, sin_PR), [self.heads, self.kv_heads], dim=1)
+        if bounds is None:
+            mixed_BHTE = F.scaled_dot_product_attention(
+                q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=self.kv_heads != self.heads
+            )
+        else:
+            mixed_BHTE = kernels.attention(q_BHTE, k_BKTE, v_BKTE, bounds)
         mixed: Tensor = self.out(mixed_BHTE.transpose(1, 2).flatten(2))
         return mixed
 
