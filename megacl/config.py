@@ -48,6 +48,8 @@ class SourceConfig:
     path: str
     generation: Annotated[int, Field(ge=1, description="a state of the source's manifest")] | None = None
     """Null: the newest one when the run begins; from then on the run keeps it."""
+    since: Annotated[int, Field(ge=0, description="an earlier generation, whose data is left out")] = 0
+    """0: nothing is left out."""
     documents: tuple[str, ...] | None = None
     """Raw documents to prepare first where `path` does not exist yet."""
     validation: Annotated[float, Field(ge=0, lt=1, description="the part of the documents that is held out")] = 0.01

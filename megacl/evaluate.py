@@ -135,15 +135,20 @@ def evaluate_sources(
     }
 
 
-def sources_of(lineage: Lineage, named: Mapping[str, Source]) -> tuple[dict[str, Source], list[str]]:
-    """All that a model has seen, beside what a configuration names: sources by name, and what could not be opened."""
+def sources_of(
+    lineage: Lineage, named: Mapping[str, Source], opened: Iterable[Source] = ()
+) -> tuple[dict[str, Source], list[str]]:
+    """All that a model has seen, beside what a configuration names: sources by name, and what could not be opened.
+
+    opened: sources that need not be opened again.
+    """
     found = dict(named)
     problems = []
     for record in lineage.sources.values():
         if record.fingerprint in {source.fingerprint for source in found.values()}:
             continue
         try:
-            source = open_recorded(record)
+            source = open_recorded(record, opened)
         except DataError as error:
             problems.append(str(error))
             continue

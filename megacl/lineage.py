@@ -28,6 +28,8 @@ class SourceRecord:
     name: str
     path: str
     generation: int
+    since: int = 0
+    """What this earlier generation held was left out; 0: nothing was."""
     fingerprint: str
     train_tokens: int
     weight: int

@@ -20,7 +20,7 @@ from megacl.data.stream import PhaseStream, open_recorded, plan_phase
 from megacl.errors import ConfigError
 from megacl.lineage import Lineage, PhaseRecord
 from megacl.model.gpt import count_parameters, flops_per_token
-from megacl.resume import Found, find_inputs, find_origin
+from megacl.resume import Found, Inputs, find_inputs, find_origin, open_sources
 from megacl.schedules import Schedule, build_schedule
 
 
@@ -53,9 +53,9 @@ def schedule_of(config: RunConfig, phase: PhaseConfig, start_lr: float) -> Sched
     )
 
 
-def open_phase(lineage: Lineage, sources: Mapping[str, Source]) -> PhaseStream:
-    """The samples of a lineage's last phase, from the named sources, or from where the lineage says they lie."""
-    return PhaseStream(lineage, lambda record: open_recorded(record, sources.values()))
+def open_phase(lineage: Lineage, inputs: Inputs) -> PhaseStream:
+    """The samples of a lineage's last phase, from the opened sources, or from where the lineage says they lie."""
+    return PhaseStream(lineage, lambda record: open_recorded(record, inputs.opened))
 
 
 def plan_phases(found: Found) -> Iterator[tuple[int, PhaseStream, Lineage]]:
@@ -70,7 +70,7 @@ def plan_phases(found: Found) -> Iterator[tuple[int, PhaseStream, Lineage]]:
         phase = config.phases[index]
         if index > origin.phase or not origin.samples:
             lineage = lineage.with_phase(begin_phase(config, index, lineage, sources))
-        stream = open_phase(lineage, sources)
+        stream = open_phase(lineage, found.inputs)
         last_lr = schedule_of(config, phase, stream.record.start_lr)(config.steps_of(phase))
         lineage = lineage.with_phase(stream.seen(stream.record.budget_samples, last_lr))
         yield index, stream, lineage
@@ -125,7 +125,7 @@ def plan_text(config: RunConfig, *, resume: bool = True) -> Iterator[str]:
         yield f"source {name}: not prepared yet; training prepares it first"
     reading: dict[int, list[str]] = {}
     if not missing:
-        found = find_inputs(config, origin)
+        found = find_inputs(config, origin, open_sources(config, origin))
         for index, stream, after in plan_phases(found):
             warned = (f"warning: {line}" for line in notices(config.phases[index], stream))
             reading[index] = [*_reading(after.phases[-1]), *warned]

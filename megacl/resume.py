@@ -6,6 +6,7 @@ is carried out (engine, ranks, micro batch) and how it is watched (logging, eval
 may be appended, and those that have not begun may be edited.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from megacl.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
 from megacl.config import RunConfig, SourceConfig
 from megacl.configfile import load, to_tree
 from megacl.data.shards import Source, open_source
+from megacl.data.stream import open_recorded
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.errors import CheckpointError, ConfigError, DataError
 from megacl.lineage import Lineage
@@ -27,6 +29,14 @@ class Inputs:
 
     tokenizer: Tokenizer
     sources: Mapping[str, Source]
+    """Those that the configuration names, by their names."""
+    history: tuple[Source, ...] = ()
+    """Those that only the model's history names, as far as they are still there."""
+
+    @property
+    def opened(self) -> tuple[Source, ...]:
+        """All of them."""
+        return (*self.sources.values(), *self.history)
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,37 @@ def find_origin(
     return Origin(stored, checkpoint, parent)
 
 
-def find_inputs(config: RunConfig, origin: Origin) -> Found:
-    """The run with its data opened. Raises DataError where data or tokenizer are not what the run or its model had."""
-    inputs = _open_inputs(config, origin)
+@dataclass(frozen=True)
+class OpenedSources:
+    """The sources of a run and of its model's history. It pickles: one rank reads the lists of shards for all."""
+
+    named: Mapping[str, Source]
+    history: tuple[Source, ...]
+
+
+def open_sources(config: RunConfig, origin: Origin) -> OpenedSources:
+    """Opens what the configuration names, and what the lineage names beside that, where it is still there.
+
+    Raises ConfigError where no source is named, DataError where one is not there or damaged.
+    """
+    if not config.sources:
+        raise ConfigError("sources is empty; name at least one folder that `megacl prepare` wrote.")
+    named = {
+        name: open_source(source.path, _generation(name, source, origin.stored), source.since)
+        for name, source in config.sources.items()
+    }
+    known = {source.fingerprint for source in named.values()}
+    history = []
+    for fingerprint, record in origin.lineage.sources.items():
+        if fingerprint not in known:
+            with contextlib.suppress(DataError):  # said by whoever needs it
+                history.append(open_recorded(record))
+    return OpenedSources(named, tuple(history))
+
+
+def find_inputs(config: RunConfig, origin: Origin, opened: OpenedSources) -> Found:
+    """The run with its data. Raises DataError where data or tokenizer are not what the run or its model had."""
+    inputs = _check_inputs(config, origin, opened)
     pinned = {
         name: dataclasses.replace(source, generation=inputs.sources[name].generation)
         for name, source in config.sources.items()
@@ -107,14 +145,8 @@ def find_inputs(config: RunConfig, origin: Origin) -> Found:
     return Found(dataclasses.replace(config, sources=pinned), inputs, origin)
 
 
-def _open_inputs(config: RunConfig, origin: Origin) -> Inputs:
-    lineage = origin.lineage
-    sources = {
-        name: open_source(source.path, _generation(name, source, origin.stored))
-        for name, source in config.sources.items()
-    }
-    if not sources:
-        raise ConfigError("sources is empty; name at least one folder that `megacl prepare` wrote.")
+def _check_inputs(config: RunConfig, origin: Origin, opened: OpenedSources) -> Inputs:
+    lineage, sources = origin.lineage, opened.named
     first = next(iter(sources.values()))
     tokenizer = load_tokenizer(config.tokenizer.path if config.tokenizer else first.tokenizer_file)
     for name, source in sources.items():
@@ -133,7 +165,7 @@ def _open_inputs(config: RunConfig, origin: Origin) -> Inputs:
             f"model.vocab_size is {config.model.vocab_size}; it must be at least the tokenizer's, "
             f"{tokenizer.vocab_size}."
         )
-    return Inputs(tokenizer, sources)
+    return Inputs(tokenizer, sources, opened.history)
 
 
 def _generation(name: str, source: SourceConfig, stored: RunConfig | None) -> int | None:

@@ -33,7 +33,7 @@ from megacl.model.gpt import build_model, count_parameters, flops_per_token
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
 from megacl.plan import begin_phase, check_batches, notices, open_phase, plan_phases, schedule_of
 from megacl.publish import alone_in, publish_text
-from megacl.resume import Found, find_inputs, find_origin
+from megacl.resume import Found, find_inputs, find_origin, open_sources
 
 Outcome = Literal["done", "stopped"]
 
@@ -66,7 +66,11 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
             newest = ranks.broadcast(newest)
             with ranks.together():
                 origin = find_origin(config, run_dir, newest, resume=resume, warn=log.warn)
-                found = find_inputs(config, origin)
+                # One rank reads the lists of shards, which may be long, and gives them to the others.
+                opened = open_sources(config, origin) if ranks.rank == 0 else None
+            opened = ranks.broadcast(opened)
+            with ranks.together():
+                found = find_inputs(config, origin, opened)
                 for index, stream, _ in plan_phases(found):  # what would stop phase 3 stops the run before it writes
                     for line in notices(found.config.phases[index], stream):
                         log.warn(line)
@@ -116,7 +120,7 @@ class _Run:
         self.step = checkpoint.state.step if checkpoint else 0
         self.last_good = checkpoint.path if checkpoint else None
         self.skipped = 0
-        self.evaluated, problems = sources_of(self.lineage, self.inputs.sources)
+        self.evaluated, problems = sources_of(self.lineage, self.inputs.sources, self.inputs.history)
         for problem in problems:
             log.warn(f"not evaluated: {problem}")
         if not any(source.validation.tokens for source in self.evaluated.values()):
@@ -184,7 +188,7 @@ class _Run:
             with self.ranks.together():
                 self._publish_lineage()
         batch_size, steps = config.batch_size_of(phase), config.steps_of(phase)
-        stream = open_phase(self.lineage, self.inputs.sources)
+        stream = open_phase(self.lineage, self.inputs)
         loader = Loader(
             stream,
             batch_size=batch_size,

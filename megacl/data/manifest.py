@@ -35,6 +35,8 @@ DTypeName = Literal["uint16", "uint32"]
 Count = Annotated[int, Field(ge=0)]
 Hashes = npt.NDArray[np.uint64]
 """The first 8 bytes of BLAKE2b (with a digest of 8 bytes) of documents' texts in UTF-8, as big-endian numbers."""
+Chosen = npt.NDArray[np.int64]
+"""Numbers of rows, in order."""
 
 _STRICT = ConfigDict(extra="forbid")
 _REMEDY = "Restore it from a copy, or prepare the folder again."
@@ -148,9 +150,10 @@ class Manifest:
 class ShardList:
     """Rows of shards.arrow, in order, as columns. It pickles, so that one process can read it for others."""
 
-    def __init__(self, table: Any) -> None:
-        """table: a pyarrow Table of shards.arrow's columns."""
+    def __init__(self, table: Any, chosen: Chosen | None = None) -> None:
+        """table: a pyarrow Table of shards.arrow's columns. chosen: which of its rows these are; None: all."""
         self._table = table.combine_chunks()
+        self._chosen = chosen
 
     @classmethod
     def of_rows(cls, rows: Sequence[ShardRow]) -> "ShardList":
@@ -160,38 +163,50 @@ class ShardList:
         return cls(pa.Table.from_pylist(trees, schema=_ROW_SCHEMA))
 
     def __len__(self) -> int:
-        return int(self._table.num_rows)
+        return int(self._table.num_rows) if self._chosen is None else len(self._chosen)
 
     def __iter__(self) -> Iterator[ShardRow]:
         return (self.row(index) for index in range(len(self)))
 
     def row(self, index: int) -> ShardRow:
         """One row."""
+        if self._chosen is not None:
+            index = int(self._chosen[index])
         tree = {name: self._table.column(name)[index].as_py() for name in _ROW_SCHEMA.names}
         return ShardRow(**{**tree, "sha256": tree["sha256"].hex()})
 
     def numbers(self, column: str) -> npt.NDArray[Any]:
-        """A column of integers, int64 or int32 [rows], a view."""
+        """A column of integers, int64 or int32 [rows]; a view where these are all rows of the file."""
         array = self._array(column)
-        dtype = np.dtype(f"int{array.type.bit_width}")
-        return _view(array, 1, dtype) if len(array) else np.empty(0, dtype)
+        return self._rows_of(array, 1, np.dtype(f"int{array.type.bit_width}"))
 
     def _array(self, column: str) -> Any:
         chunks = self._table.column(column).chunks
         return chunks[0] if chunks else pa.array([], self._table.schema.field(column).type)
 
+    def _rows_of(self, array: Any, buffer: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """One of an Arrow array's buffers as far as it belongs to these rows: [rows]."""
+        if not len(array):
+            return np.empty(0, dtype)
+        values = np.frombuffer(array.buffers()[buffer], dtype, len(array), array.offset * dtype.itemsize)
+        return values if self._chosen is None else values[self._chosen]
+
     def held_out(self) -> npt.NDArray[np.bool_]:
         """Which rows are of the validation split: bool [rows]."""
-        # The first letters of the strings, since comparing strings would import pyarrow.compute: 20 ms.
+        # The first letters of the strings, since comparing strings would import pyarrow.compute: 170 ms.
         array = self._array("split")
         if not len(array):
             return np.empty(0, np.bool_)
-        starts = _view(array, 1, np.dtype(np.int32))
-        return np.asarray(np.frombuffer(array.buffers()[2], np.uint8)[starts] == ord("v"))
+        letters = np.frombuffer(array.buffers()[2], np.uint8)
+        return np.asarray(letters[self._rows_of(array, 1, np.dtype(np.int32))] == ord("v"))
 
     def where(self, mask: npt.NDArray[np.bool_]) -> "ShardList":
         """The rows of a mask, bool [rows]."""
-        return self if mask.all() else ShardList(self._table.take(pa.array(np.flatnonzero(mask))))
+        if mask.all():
+            return self
+        # Not Table.take, which would import pyarrow.compute too.
+        chosen = np.flatnonzero(mask)
+        return ShardList(self._table, chosen if self._chosen is None else self._chosen[chosen])
 
     def at(self, generation: int, since: int = 0) -> "ShardList":
         """The rows of a generation; with `since` only those of them that came after that earlier generation."""
@@ -207,7 +222,7 @@ class ShardList:
         removed = kept.numbers("removed")
         column = pa.array(np.where(removed > generation, 0, removed).astype(np.int32))
         position = _ROW_SCHEMA.get_field_index("removed")
-        return ShardList(kept._table.set_column(position, _ROW_SCHEMA.field(position), column))
+        return ShardList(kept._whole().set_column(position, _ROW_SCHEMA.field(position), column))
 
     def split(self, split: Split) -> "ShardList":
         """The rows of one split."""
@@ -229,17 +244,16 @@ class ShardList:
         records = np.empty(len(self), np.dtype(facts))
         records["split"] = self.held_out()
         records["documents"], records["tokens"] = self.numbers("documents"), self.numbers("tokens")
-        records["sha256"] = _view(self._array("sha256"), 1, np.dtype("V32"))
+        records["sha256"] = self._rows_of(self._array("sha256"), 1, np.dtype("V32"))
         return hashlib.sha256(f"{tokenizer}\n{dtype}\n".encode() + records.tobytes()).hexdigest()
 
     def dump(self) -> bytes:
         """The content of shards.arrow."""
-        return _dump(self._table)
+        return _dump(self._whole())
 
-
-def _view(array: Any, buffer: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """One of an Arrow array's buffers, [rows]; the array must not be empty."""
-    return np.frombuffer(array.buffers()[buffer], dtype, len(array), array.offset * dtype.itemsize)
+    def _whole(self) -> Any:
+        """A table of these rows alone."""
+        return self._table if self._chosen is None else self._table.take(pa.array(self._chosen))
 
 
 _MANIFEST = TypeAdapter(Manifest)

@@ -214,8 +214,11 @@ class TokenStream:
         self.folder, self.shards, self.dtype = folder, shards, dtype
         self.documents = int(shards.numbers("documents").sum())
         self.text_bytes = int(shards.numbers("text_bytes").sum())
-        self.ends = np.cumsum(shards.numbers("tokens"))
+        lengths = shards.numbers("tokens")
+        self.ends = np.cumsum(lengths)
         """Where each shard's tokens end, int64 [shards]."""
+        self.begins = self.ends - lengths
+        """Where each shard's tokens begin, int64 [shards]."""
         self.tokens = int(self.ends[-1]) if len(shards) else 0
 
     def read(self, start: int, length: int) -> Tokens:
@@ -234,7 +237,7 @@ class TokenStream:
         self._check(int(starts.min()), int(starts.max()), length)
         first = np.searchsorted(self.ends, starts, side="right")
         last = np.searchsorted(self.ends, starts + (length - 1), side="right")
-        local = starts - self._begins(first)
+        local = starts - self.begins[first]
         inside = first == last
         for row, shard, begin, whole in zip(
             result, first.tolist(), local.tolist(), inside.tolist(), strict=True
@@ -244,9 +247,6 @@ class TokenStream:
         for index in np.flatnonzero(~inside).tolist():
             np.concatenate(list(self._parts(int(starts[index]), length, int(first[index]))), out=result[index])
         return result
-
-    def _begins(self, shards: Any) -> Any:
-        return self.ends[shards] - self.shards.numbers("tokens")[shards]
 
     def documents_of(self, shard: int) -> Documents:
         """The documents of one shard, by its number; DataError if it is damaged or cannot be opened."""
@@ -261,7 +261,7 @@ class TokenStream:
     def _parts(self, start: int, length: int, shard: int) -> Iterator[Tokens]:
         """The tokens as one piece a shard that they lie in; `shard` is the one that holds `start`."""
         while length > 0:
-            begin = start - int(self._begins(shard))
+            begin = start - int(self.begins[shard])
             part = _open_shard(self, shard)[begin : begin + length]
             yield part
             start, length, shard = start + len(part), length - len(part), shard + 1

@@ -34,7 +34,7 @@ def open_recorded(record: SourceRecord, known: Iterable[Source] = ()) -> Source:
         if source.fingerprint == record.fingerprint:
             return source
     try:
-        source = open_source(record.path, record.generation)
+        source = open_source(record.path, record.generation, record.since)
     except DataError as error:
         raise DataError(
             f"the model's history reads source {record.name!r}, fingerprint {record.fingerprint[:12]}, which is gone: "
@@ -92,6 +92,7 @@ def plan_phase(
                 name=name,
                 path=str(sources[name].path),
                 generation=sources[name].generation,
+                since=sources[name].since,
                 fingerprint=sources[name].fingerprint,
                 train_tokens=sources[name].train.tokens,
                 weight=weight,

@@ -30,6 +30,7 @@ def counting_source(number: int, tokens: int) -> Any:
         name=f"s{number}",
         path=f"/data/s{number}",
         generation=1,
+        since=0,
         fingerprint=f"fingerprint-{number}-{tokens}",
         tokenizer_fingerprint="tokenizer",
         train=CountingStream(number, tokens),
