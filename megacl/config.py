@@ -5,12 +5,13 @@ here, in `RunConfig.check`; rules for one setting stand in its type. What a phas
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from megacl.config_phase import Decay, InverseSqrtSchedule, PhaseConfig, ReplayConfig, nearest, share_of
+from megacl.config_phase import PhaseConfig, ReplayConfig, length_in_steps, misfit, nearest
 from megacl.errors import ConfigError
 from megacl.model.config import STRICT, ModelConfig
 
@@ -166,11 +167,6 @@ class RunConfig:
         """Optimizer steps of this phase: as many whole batches as its budget holds."""
         return phase.steps or (phase.tokens or 0) // self.tokens_per_step(phase)
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of all phases together."""
-        return sum(self.steps_of(phase) for phase in self.phases)
-
     def check(self) -> None:
         """Raises ConfigError where settings do not fit one another."""
         problem = self.model.problem()
@@ -201,10 +197,14 @@ class RunConfig:
             )
         if phase.name == "before":
             raise ConfigError(f"{where}.name is 'before', which stands for a run's start in every table; rename it.")
-        if not phase.mixture:
-            raise ConfigError(f"{where}.mixture is empty; it must name at least one source and its weight.")
         replayed = (phase.replay.from_sources or {}) if phase.replay else {}
-        for key, names in ((f"{where}.mixture", phase.mixture), (f"{where}.replay.from_sources", replayed)):
+        mixtures = {f"{where}.mixture": phase.mixture}
+        for index, change in enumerate(phase.mixture_changes):
+            mixtures[f"{where}.mixture_changes[{index}].mixture"] = change.mixture
+        for key, names in mixtures.items():
+            if not names:
+                raise ConfigError(f"{key} is empty; it must name at least one source and its weight.")
+        for key, names in {**mixtures, f"{where}.replay.from_sources": replayed}.items():
             for name in names:
                 if name not in self.sources:
                     raise ConfigError(f"{key} names {name!r}, which is not in sources{nearest(name, self.sources)}")
@@ -222,19 +222,15 @@ class RunConfig:
                 f"it must be a multiple of engine.micro_batch_size, {micro}."
             )
         self._check_schedule(f"{where}.schedule", phase, first=not earlier)
+        self._check_changes(where, phase)
         if phase.replay:
             self._check_replay(f"{where}.replay", phase.replay, earlier)
 
     def _check_schedule(self, where: str, phase: PhaseConfig, *, first: bool) -> None:
         schedule = phase.schedule
         steps, per_step = self.steps_of(phase), self.tokens_per_step(phase)
-        parts = schedule.parts(phase_steps=steps, tokens_per_step=per_step)
-        if sum(parts.values()) > steps:
-            spelled = " + ".join(f"{key} {length}" for key, length in parts.items())
-            raise ConfigError(
-                f"{where} is longer than its phase: {spelled} = {sum(parts.values())} steps, "
-                f"and the phase has {steps}; shorten a part or give the phase more tokens."
-            )
+        if problem := misfit(schedule, phase_steps=steps, tokens_per_step=per_step):
+            raise ConfigError(f"{where}{problem}")
         rates = {key: getattr(schedule, key) for key in ("max_lr", "constant_lr", "min_lr") if hasattr(schedule, key)}
         if first and self.start_from is None and "last" in rates.values():
             raise ConfigError(
@@ -244,16 +240,23 @@ class RunConfig:
         for (upper, high), (lower, low) in itertools.pairwise(known):
             if low > high:
                 raise ConfigError(f"{where}.{lower} is {low}; it must not exceed {upper}, {high}.")
-        if isinstance(schedule, InverseSqrtSchedule) and not parts["warmup"]:
-            raise ConfigError(f"{where}.warmup is {schedule.warmup!r}; inverse_sqrt needs at least one step of it.")
-        if isinstance(schedule, Decay) and (parts["warmup"] == steps or parts.get("decay") == 0):
-            raise ConfigError(f"{where} has no step left to decay in: the phase has {steps}; shorten the warm-up.")
+
+    def _check_changes(self, where: str, phase: PhaseConfig) -> None:
+        steps, per_step = self.steps_of(phase), self.tokens_per_step(phase)
+        before = 0
+        for index, change in enumerate(phase.mixture_changes):
+            at = math.ceil(length_in_steps(change.at, phase_steps=steps, tokens_per_step=per_step))
+            last = steps if change.how == "linear" else steps - 1
+            if not before < at <= last:
+                raise ConfigError(
+                    f"{where}.mixture_changes[{index}].at is {change.at!r}, step {at}; it must lie after "
+                    f"step {before}, where the mixture before begins, and not after step {last} of {steps}."
+                )
+            before = at
 
     def _check_replay(self, where: str, replay: ReplayConfig, earlier: list[str]) -> None:
-        if replay.share and share_of(replay.share) in (0, 1):
-            raise ConfigError(f"{where}.share is {replay.share}; it must not have more than nine digits.")
-        if replay.from_ and replay.from_sources:
-            raise ConfigError(f"{where} has both from and from_sources; replay either earlier phases or named sources.")
+        if problem := replay.problem():
+            raise ConfigError(f"{where}.{problem}.")
         if self.start_from is None and not replay.from_sources:
             if not earlier:
                 raise ConfigError(

@@ -172,6 +172,23 @@ ScheduleConfig = Annotated[
     Field(discriminator="kind"),
 ]
 
+
+def misfit(schedule: ScheduleConfig, *, phase_steps: int, tokens_per_step: int) -> str | None:
+    """Why a schedule cannot be laid over a phase of so many steps, as the rest of a sentence, or None."""
+    parts = schedule.parts(phase_steps=phase_steps, tokens_per_step=tokens_per_step)
+    if sum(parts.values()) > phase_steps:
+        spelled = " + ".join(f"{key} {length}" for key, length in parts.items())
+        return (
+            f" is longer than its phase: {spelled} = {sum(parts.values())} steps, "
+            f"and the phase has {phase_steps}; shorten a part or give the phase more tokens."
+        )
+    if isinstance(schedule, InverseSqrtSchedule) and not parts["warmup"]:
+        return f".warmup is {schedule.warmup!r}; inverse_sqrt needs at least one step of it."
+    if isinstance(schedule, Decay) and (parts["warmup"] == phase_steps or parts.get("decay") == 0):
+        return f" has no step left to decay in: the phase has {phase_steps}; shorten the warm-up."
+    return None
+
+
 # ---------------------------------------------------------------------------------------------- data
 
 Weight = Annotated[float, Field(gt=0, description="a weight, relative to its neighbours")]
@@ -183,16 +200,57 @@ def share_of(share: float) -> Fraction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureChange:
+    """Other weights from some point of a phase on."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    at: Length
+    """Rounded up to whole steps; "50%" is a part of the budget that is configured."""
+    mixture: dict[str, Weight]
+    """All the weights from there on: a source that is not named has none."""
+    how: Literal["step", "linear"] = "step"
+    """Linear: the shares move there in a straight line, from the change before or from the phase's beginning."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
     """A share of earlier data in every batch, taken out of the new data's tokens: the total stays the same."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     share: Annotated[float, Field(ge=0, lt=1, description="the part of each batch drawn from earlier data")]
+    policy: Literal["original", "uniform", "power_law", "exponential", "latest"] = "original"
+    """Which earlier phases are replayed how often, and in which order each of them is read."""
     from_: Annotated[dict[str, Weight] | None, Field(alias="from")] = None
-    """Weights over earlier phases by name; null: all of them, by the tokens of their own that they saw."""
+    """Weights over earlier phases by name, for `original`; null: all, by the tokens of their own that they saw."""
     from_sources: dict[str, Weight] | None = None
     """Weights over `sources` to replay instead, for a model whose own history is not megacl's."""
+    d: Annotated[float, Field(gt=0, description="how fast older phases fade")] | None = None
+    """Of power_law and exponential; 0.5 if null."""
+    age: Literal["phases", "tokens"] | None = None
+    """What power_law and exponential count a phase's age in; phases if null."""
+    max_times: Annotated[int, Field(ge=1, description="how often a sample may be replayed in all")] | None = None
+    """Null: as often as it comes round."""
+
+    def problem(self) -> str | None:
+        """What does not fit together, said of this section's settings, or None."""
+        if self.share and share_of(self.share) in (0, 1):
+            return f"share is {self.share}; it must not have more than nine digits"
+        if self.from_ and self.from_sources:
+            return "from and from_sources are both given; replay either earlier phases or named sources"
+        if self.policy != "original" and self.from_:
+            return f"from is given, and policy {self.policy} sets the weights itself; leave one of them out"
+        if self.policy != "original" and self.from_sources:
+            return f"policy is {self.policy}, which is over earlier phases; leave it out, or from_sources"
+        if self.max_times and self.from_sources:
+            return "max_times is given, which counts replays of earlier phases; leave it out, or from_sources"
+        if self.policy not in ("power_law", "exponential") and (self.d or self.age):
+            key = "d" if self.d else "age"
+            return (
+                f"{key} is given, which only power_law and exponential have, and policy is {self.policy}; leave it out"
+            )
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +262,13 @@ class PhaseConfig:
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the phase's name")]
     mixture: dict[str, Weight]
     schedule: ScheduleConfig
+    weights_by: Literal["given", "tokens", "documents"] = "given"
+    """What a source's number in a mixture multiplies: 1, its training tokens, or its training documents."""
+    temperature: Annotated[float, Field(gt=0, description="above 1 it evens the shares out")] = 1.0
+    """Shares are proportional to weight^(1 / temperature)."""
+    mixture_changes: tuple[MixtureChange, ...] = ()
+    when_exhausted: Literal["repeat", "stop", "renormalise"] = "repeat"
+    """Once a source has been read to its end: again, the phase ends, or the others fill its places."""
     tokens: Annotated[int, Field(ge=1, description="the phase's budget in tokens")] | None = None
     steps: Annotated[int, Field(ge=1, description="the phase's budget in optimizer steps")] | None = None
     replay: ReplayConfig | None = None
@@ -211,3 +276,9 @@ class PhaseConfig:
     """Null: kept by constant and infinite schedules, reset by those that warm up again."""
     seq_length: Annotated[int, Field(ge=2, description="tokens that a sequence predicts")] | None = None
     global_batch_size: Annotated[int, Field(ge=1, description="sequences per optimizer step")] | None = None
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources of the mixture and of its changes, each once, as they come."""
+        changes = (name for change in self.mixture_changes for name in change.mixture)
+        return tuple(dict.fromkeys([*self.mixture, *changes]))

@@ -2,7 +2,8 @@
 
 A lineage is a file, lineage.json, in each checkpoint and in the run directory. It holds the phases of earlier runs that
 the model went through first. Since order is arithmetic, a phase is described by its sources' fingerprints, the seed,
-the sequence length, the integer weights, and by how far it went; nothing else is stored about the order of data.
+the sequence length, the integer weights with the places where they change, and by how far it went; nothing else is
+stored about the order of data.
 """
 
 import dataclasses
@@ -18,7 +19,28 @@ from megacl.errors import CheckpointError
 from megacl.model.config import STRICT
 from megacl.publish import publish_text
 
-_FORMAT, _VERSION = "megacl-lineage", 1
+_FORMAT, _VERSION = "megacl-lineage", 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureLine:
+    """Where a stretch's weights are on their way to: the new weights' part grows from 0 at `start` to 1 at `end`."""
+
+    weights: tuple[int, ...]
+    start: int
+    """The number of the sample with which the way begins: before the stretch where a source ran out on the way."""
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixturePiece:
+    """A stretch of a mixture: from its first sample to the next stretch's, by one pattern or from one to another."""
+
+    first: int
+    """The number of its first sample among those that the mixture deals out: a phase's own, or its replayed ones."""
+    weights: tuple[int, ...]
+    """Integers, aligned with what is mixed: a sample is one of it in `weight` of every sum of weights."""
+    line: MixtureLine | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +54,12 @@ class SourceRecord:
     """What this earlier generation held was left out; 0: nothing was."""
     fingerprint: str
     train_tokens: int
-    weight: int
-    """Integer share of the mixture; a sample is one of this source in `weight` of every sum-of-weights."""
     first: int
     samples: int = 0
     share: float = 0.0
-    """weight as a part of one, for the reader's eye."""
+    """Its part of the phase's own samples (where it is replayed by name, of the replayed ones), as planned."""
+    runs_out: int | None = None
+    """The phase's sample that would be the first to read it again, where the phase does not; null: none would."""
     tokens: int = 0
     tokens_before: int = 0
     """Tokens that earlier phases had read from the same folder, in any cut, order and generation."""
@@ -47,11 +69,13 @@ class SourceRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayedPhase:
-    """An earlier phase that a phase replays, and how many of its tokens earlier replays had read already."""
+    """An earlier phase that a phase replays, and which draws from it the phase took: [first, first + samples).
+
+    A phase of P own tokens has P // seq_length draws a round, seq_length being that of the phase that replays it.
+    """
 
     phase: str
-    weight: int
-    first_token: int
+    first: int
     samples: int = 0
     tokens: int = 0
 
@@ -62,6 +86,9 @@ class ReplayRecord:
 
     share: str
     """An exact fraction, "1/4"."""
+    policy: Literal["original", "uniform", "power_law", "exponential", "latest"] = "original"
+    mixture: tuple[MixturePiece, ...]
+    """Over `from`, or over `from_sources`."""
     samples: int = 0
     from_: Annotated[tuple[ReplayedPhase, ...], Field(alias="from")] = ()
     from_sources: tuple[SourceRecord, ...] = ()
@@ -92,6 +119,8 @@ class PhaseRecord:
     tokenizer: str
     """Fingerprint of the tokenizer that the sources were prepared with."""
     sources: tuple[SourceRecord, ...]
+    mixture: tuple[MixturePiece, ...]
+    """Over `sources`."""
     replay: ReplayRecord | None = None
     schedule: dict[str, Any]
     optimizer_state: Literal["new", "kept", "reset"]
@@ -113,6 +142,20 @@ class PhaseRecord:
     def own_samples(self) -> int:
         """Samples seen that were not replayed: what a later phase can replay."""
         return self.samples - self.replayed_samples
+
+    @property
+    def budget_steps(self) -> int:
+        """Optimizer steps that the phase has in all."""
+        return self.budget_samples // self.global_batch_size
+
+    def step_of(self, sample: int) -> int:
+        """The step, 1 being the phase's first, whose batch holds the sample."""
+        return sample // self.global_batch_size + 1
+
+    def step_of_own(self, number: int) -> int:
+        """The step whose batch holds the own sample of that number, which comes when ceil(g (1 - share)) exceeds it."""
+        own = 1 - self.replay.fraction if self.replay else Fraction(1)
+        return self.step_of(number * own.denominator // own.numerator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,20 +232,38 @@ def describe(lineage: Lineage) -> str:
             f"  schedule {phase.schedule['kind']}, peak {peak}, from {phase.start_lr:.3g} to {phase.last_lr:.3g}; "
             f"optimizer state {phase.optimizer_state}"
         )
+        lines += [f"  {line}" for line in describe_mixture(phase)]
         for source in phase.sources:
-            lines.append("  read " + _describe_source(source))
+            out = "" if source.runs_out is None else f"; ran out at step {phase.step_of(source.runs_out)}"
+            lines.append("  read " + _describe_source(source) + out)
         if phase.replay:
             part = f"{float(phase.replay.fraction):.4g} of each batch, {phase.replay.samples:,} sequences"
-            lines.append(f"  replayed {part}")
+            lines.append(f"  replayed {part}, policy {phase.replay.policy}")
             for replayed in phase.replay.from_:
                 lines.append(
                     f"    {replayed.samples:,} sequences ({replayed.tokens:,} tokens) of phase {replayed.phase}, "
-                    f"from its token {replayed.first_token:,} on"
+                    f"draws {replayed.first:,} to {replayed.first + replayed.samples:,}"
                 )
             for source in phase.replay.from_sources:
                 lines.append("    " + _describe_source(source))
     lines.append(f"{lineage.tokens:,} tokens in all")
     return "\n".join(lines)
+
+
+def describe_mixture(phase: PhaseRecord) -> list[str]:
+    """Which exact shares of a phase's own samples its sources have from which step on, a line for each change."""
+
+    def shares(weights: tuple[int, ...]) -> str:
+        named = zip(phase.sources, weights, strict=True)
+        return ", ".join(f"{source.name} {weight}/{sum(weights)}" for source, weight in named if weight)
+
+    lines = []
+    for piece in phase.mixture:
+        since = f"from step {phase.step_of_own(piece.first):,} on " if len(phase.mixture) > 1 or piece.line else ""
+        lines.append(f"mixed {since}{shares(piece.weights)}")
+        if line := piece.line:
+            lines[-1] += f", on a straight line to {shares(line.weights)} at step {phase.step_of_own(line.end):,}"
+    return lines
 
 
 def _describe_source(source: SourceRecord) -> str:

@@ -1,24 +1,30 @@
 """What a run will do, worked out before it starts: said by `megacl train CONFIG --dry-run`, checked by every start.
 
     for index, stream, after in plan_phases(found):    # each phase that is left: its samples, the lineage after it
-        print(notices(found.config.phases[index], stream))
+        print(notices(found.config, index, stream))
+    run_phases(after, config)                          # the records of all phases of the run, those that are over too
 
-A phase's record, schedule and samples are made here, by the same functions for a dry run and for training.
+A phase's record, schedule and samples are made here, by the same functions for a dry run, for `megacl data plan` and
+for training.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megacl.checkpoint import newest_checkpoint
 from megacl.config import RunConfig
-from megacl.config_phase import PhaseConfig, share_of
+from megacl.config_phase import PhaseConfig, misfit, share_of
 from megacl.configfile import to_tree
 from megacl.data.mixture import integer_weights
+from megacl.data.planning import asked_weights, plan_phase
 from megacl.data.provide import missing_sources
+from megacl.data.replay import draws_in_a_round
 from megacl.data.shards import Source
-from megacl.data.stream import PhaseStream, open_recorded, plan_phase
-from megacl.errors import ConfigError
-from megacl.lineage import Lineage, PhaseRecord
+from megacl.data.stream import PhaseStream, open_recorded
+from megacl.errors import ConfigError, DataError
+from megacl.lineage import Lineage, PhaseRecord, SourceRecord, describe_mixture
 from megacl.model.gpt import count_parameters, flops_per_token
 from megacl.resume import Found, Inputs, find_inputs, find_origin, open_sources
 from megacl.schedules import Schedule, build_schedule
@@ -28,7 +34,7 @@ def begin_phase(config: RunConfig, index: int, lineage: Lineage, sources: Mappin
     """The record of the configuration's phase `index` as it begins after `lineage`. Raises as `plan_phase` does."""
     phase = config.phases[index]
     keep = phase.optimizer_state == "keep" or (phase.optimizer_state is None and phase.schedule.keeps_optimizer_state)
-    return plan_phase(
+    record = plan_phase(
         lineage,
         phase,
         sources,
@@ -41,16 +47,16 @@ def begin_phase(config: RunConfig, index: int, lineage: Lineage, sources: Mappin
         optimizer_state="new" if not lineage.phases else "kept" if keep else "reset",
         start_lr=lineage.phases[-1].last_lr if lineage.phases else 0.0,
     )
+    if record.budget_steps < config.steps_of(phase):
+        per_step = config.tokens_per_step(phase)
+        if problem := misfit(phase.schedule, phase_steps=record.budget_steps, tokens_per_step=per_step):
+            raise ConfigError(f"{_end_of(config, index, record)}. There phases[{index}].schedule{problem}")
+    return record
 
 
-def schedule_of(config: RunConfig, phase: PhaseConfig, start_lr: float) -> Schedule:
+def schedule_of(config: RunConfig, phase: PhaseConfig, start_lr: float, steps: int) -> Schedule:
     """The learning rate of a phase's updates; start_lr: the rate at which the phase before ended."""
-    return build_schedule(
-        phase.schedule,
-        steps=config.steps_of(phase),
-        tokens_per_step=config.tokens_per_step(phase),
-        last_lr=start_lr,
-    )
+    return build_schedule(phase.schedule, steps=steps, tokens_per_step=config.tokens_per_step(phase), last_lr=start_lr)
 
 
 def open_phase(lineage: Lineage, inputs: Inputs) -> PhaseStream:
@@ -71,23 +77,60 @@ def plan_phases(found: Found) -> Iterator[tuple[int, PhaseStream, Lineage]]:
         if index > origin.phase or not origin.samples:
             lineage = lineage.with_phase(begin_phase(config, index, lineage, sources))
         stream = open_phase(lineage, found.inputs)
-        last_lr = schedule_of(config, phase, stream.record.start_lr)(config.steps_of(phase))
-        lineage = lineage.with_phase(stream.seen(stream.record.budget_samples, last_lr))
+        record = stream.record
+        last_lr = schedule_of(config, phase, record.start_lr, record.budget_steps)(record.budget_steps)
+        lineage = lineage.with_phase(stream.seen(record.budget_samples, last_lr))
         yield index, stream, lineage
 
 
-def notices(phase: PhaseConfig, stream: PhaseStream) -> list[str]:
-    """What a user should know of a phase, a line each: what is read twice, and weights that had to be rounded."""
-    lines = stream.repeats()
-    for weights in (phase.mixture, (phase.replay.from_ or phase.replay.from_sources or {}) if phase.replay else {}):
-        whole, total = integer_weights(weights) if weights else {}, sum(weights.values())
+def check_phases(found: Found, say: Callable[[str], None]) -> int:
+    """Goes through the phases that are left and says what is to be known of them; returns the steps of all phases."""
+    lineage = found.origin.lineage
+    for index, stream, after in plan_phases(found):
+        lineage = after
+        for line in notices(found.config, index, stream):
+            say(line)
+    return sum(record.budget_steps for record in run_phases(lineage, found.config))
+
+
+def run_phases(after: Lineage, config: RunConfig) -> tuple[PhaseRecord, ...]:
+    """The records of the configuration's phases; after: the lineage where they are over."""
+    return after.phases[-len(config.phases) :]
+
+
+def notices(config: RunConfig, index: int, stream: PhaseStream) -> list[str]:
+    """What a user should know of a phase: what runs out or is read twice, and weights that had to be rounded."""
+    phase, record = config.phases[index], stream.record
+    lines = [
+        f"phase {phase.name!r}: source {source.name!r} runs out at step {record.step_of(source.runs_out):,}; "
+        "from there on the others share its places"
+        for source in record.sources
+        if source.runs_out is not None and source.runs_out < record.budget_samples
+    ]
+    if record.budget_steps < config.steps_of(phase):
+        lines.append(_end_of(config, index, record))
+    lines += stream.repeats()
+    named = {source.name: stream.source_of(source) for source in record.sources}
+    asked = [asked_weights(phase, m, named) for m in (phase.mixture, *(c.mixture for c in phase.mixture_changes))]
+    if phase.replay:
+        asked.append({**(phase.replay.from_ or phase.replay.from_sources or {})})
+    for weights in filter(None, asked):
+        whole, total = integer_weights(weights), sum(weights.values())
         for name, weight in whole.items():
-            share, asked = weight / sum(whole.values()), weights[name] / total
-            if abs(share / asked - 1) > 0.01:
+            share, wanted = weight / sum(whole.values()), float(weights[name] / total)
+            if abs(share / wanted - 1) > 0.01:
                 lines.append(
-                    f"phase {phase.name!r}: {name!r} gets {share:.3g} of the samples, not the {asked:.3g} asked for"
+                    f"phase {phase.name!r}: {name!r} gets {share:.3g} of the samples, not the {wanted:.3g} asked for"
                 )
     return lines
+
+
+def _end_of(config: RunConfig, index: int, record: PhaseRecord) -> str:
+    out = [s.name for s in record.sources if s.runs_out is not None and s.runs_out >= record.budget_samples]
+    return (
+        f"phase {record.name!r} ends after step {record.budget_steps:,} of {config.steps_of(config.phases[index]):,}, "
+        f"where {', '.join(out) or 'all that it mixes'} has been read to its end"
+    )
 
 
 def check_batches(config: RunConfig, world_size: int) -> None:
@@ -116,49 +159,60 @@ def plan_text(config: RunConfig, *, resume: bool = True) -> Iterator[str]:
     origin = find_origin(config, Path(config.run_dir), newest, resume=resume, warn=warnings.append)
     yield from (f"warning: {line}" for line in warnings)
     begin, last_lr = origin.phase, 0.0
+    records: dict[int, PhaseRecord] = {}
     if (checkpoint := origin.checkpoint or origin.parent) is not None:
-        records = origin.lineage.phases
-        last_lr = records[-1].start_lr if origin.samples else records[-1].last_lr
-        yield f"goes on from {checkpoint.path}: {len(records)} phases, {origin.lineage.tokens:,} tokens"
+        seen = origin.lineage.phases
+        records = dict(enumerate(seen[len(seen) - begin - bool(origin.samples) :]))
+        last_lr = seen[-1].start_lr if origin.samples else seen[-1].last_lr
+        yield f"goes on from {checkpoint.path}: {len(seen)} phases, {origin.lineage.tokens:,} tokens"
     missing = missing_sources(config.sources)
     for name in missing:
         yield f"source {name}: not prepared yet; training prepares it first"
-    reading: dict[int, list[str]] = {}
+    warned: dict[int, list[str]] = {}
     if not missing:
         found = find_inputs(config, origin, open_sources(config, origin))
         for index, stream, after in plan_phases(found):
-            warned = (f"warning: {line}" for line in notices(config.phases[index], stream))
-            reading[index] = [*_reading(after.phases[-1]), *warned]
-    total = flops = 0
+            records[index], warned[index] = after.phases[-1], notices(found.config, index, stream)
+    total = all_steps = flops = 0
     for index, phase in enumerate(config.phases):
-        steps, seq_length = config.steps_of(phase), config.seq_length_of(phase)
+        record = records.get(index)
+        steps, seq_length = record.budget_steps if record else config.steps_of(phase), config.seq_length_of(phase)
         tokens = steps * config.tokens_per_step(phase)
         total, flops = total + tokens, flops + tokens * flops_per_token(config.model, seq_length)
-        yield (
-            f"phases[{index}] {phase.name}: {tokens:,} tokens = {steps:,} steps x "
-            f"{config.batch_size_of(phase)} sequences x {seq_length}{', done' if index < begin else ''}"
-        )
+        all_steps += steps
+        yield phase_line(config, index, steps, done=index < begin)
         if index < begin:
             continue
-        yield from (f"  {line}" for line in _shares(phase))
-        schedule = schedule_of(config, phase, last_lr)
+        yield from (f"  {line}" for line in _shares(phase, record))
+        schedule = schedule_of(config, phase, last_lr, steps)
         highest = max(schedule(k) for k in range(1, steps + 1, max(1, steps // 100_000)))
         last_lr = schedule(steps)
         yield (
             f"  schedule {phase.schedule.kind}: {schedule(1):.4g} at the first update, {highest:.4g} at the highest, "
             f"{last_lr:.4g} at the last"
         )
-        yield from (f"  {line}" for line in reading.get(index, []))
-    yield f"{total:,} tokens, {config.total_steps:,} steps, {flops:.3g} FLOPs in all"
+        if record and not missing:
+            yield from (f"  {line}" for line in _reading(record))
+        yield from (f"  warning: {line}" for line in warned.get(index, []))
+    yield f"{total:,} tokens, {all_steps:,} steps, {flops:.3g} FLOPs in all"
 
 
-def _shares(phase: PhaseConfig) -> Iterator[str]:
-    whole = integer_weights(phase.mixture)
-    period = sum(whole.values())
-    yield "new data: " + ", ".join(f"{name} {weight}/{period}" for name, weight in whole.items())
+def phase_line(config: RunConfig, index: int, steps: int, *, done: bool) -> str:
+    """A phase's size in one line."""
+    phase = config.phases[index]
+    return (
+        f"phases[{index}] {phase.name}: {steps * config.tokens_per_step(phase):,} tokens = {steps:,} steps x "
+        f"{config.batch_size_of(phase)} sequences x {config.seq_length_of(phase)}{', done' if done else ''}"
+    )
+
+
+def _shares(phase: PhaseConfig, record: PhaseRecord | None) -> Iterator[str]:
+    if record:
+        yield from describe_mixture(record)
     if phase.replay and phase.replay.share:
-        origin = phase.replay.from_sources or phase.replay.from_ or ["all earlier phases, by their tokens"]
-        yield f"replay: {share_of(phase.replay.share)} of all samples, from {', '.join(origin)}"
+        origin = phase.replay.from_sources or phase.replay.from_ or ["all earlier phases"]
+        policy = f", policy {phase.replay.policy}"
+        yield f"replay: {share_of(phase.replay.share)} of all samples, from {', '.join(origin)}{policy}"
 
 
 def _reading(after: PhaseRecord) -> Iterator[str]:
@@ -168,3 +222,83 @@ def _reading(after: PhaseRecord) -> Iterator[str]:
     if after.replay:
         yield from (f"replays {entry.tokens:,} tokens of phase {entry.phase}" for entry in after.replay.from_)
         yield from (f"replays {source.tokens:,} tokens of {source.name}" for source in after.replay.from_sources)
+
+
+# ---------------------------------------------------------------------------------------------- megacl data plan
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a phase reads of one source, or replays of one phase or source, from its beginning to its end."""
+
+    kind: Literal["source", "replayed phase", "replayed source"]
+    name: str
+    samples: int
+    tokens: int
+    share: float
+    """Part of the phase's samples, replayed ones included."""
+    epochs: float
+    """How often it will have been read by then, over all phases; for a phase, how often replayed."""
+    runs_out: int | None
+    """The phase's step in which it runs out, if it is not to be read again."""
+
+
+def readings(lineage: Lineage) -> list[Reading]:
+    """What the last phase of a lineage reads and replays."""
+    record = lineage.phases[-1]
+    replay = record.replay
+
+    def of_source(source: SourceRecord, kind: Literal["source", "replayed source"]) -> Reading:
+        out = None if source.runs_out is None else record.step_of(source.runs_out)
+        share = source.samples / record.samples
+        return Reading(kind, source.name, source.samples, source.tokens, share, source.epochs, out)
+
+    found = [of_source(source, "source") for source in record.sources]
+    if replay is None:
+        return found
+    earlier = {phase.name: phase for phase in lineage.phases}
+    for entry in replay.from_:
+        rounds = (entry.first + entry.samples) / draws_in_a_round(earlier[entry.phase], record.seq_length)
+        share = entry.samples / record.samples
+        found.append(Reading("replayed phase", entry.phase, entry.samples, entry.tokens, share, rounds, None))
+    return [*found, *(of_source(source, "replayed source") for source in replay.from_sources)]
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """A phase of a run, as it will have been when it is over."""
+
+    record: PhaseRecord
+    done: bool
+    readings: list[Reading]
+    notices: list[str]
+
+
+def plan_data(config: RunConfig) -> list[PlannedPhase]:
+    """What every phase of a run reads, those included that are over. Builds no model, writes nothing.
+
+    Raises as the start of training would, and DataError where a source is not prepared yet.
+    """
+    if missing := missing_sources(config.sources):
+        raise DataError(
+            f"source {missing[0]!r} ({config.sources[missing[0]].path}) is not prepared yet, and a plan counts its "
+            "tokens; run `megacl prepare` first."
+        )
+    run_dir = Path(config.run_dir)
+    warnings: list[str] = []
+    newest = newest_checkpoint(run_dir, warnings.append)
+    origin = find_origin(config, run_dir, newest, resume=True, warn=warnings.append)
+    found = find_inputs(config, origin, open_sources(config, origin))
+    lineage, said = found.origin.lineage, {}
+    for index, stream, after in plan_phases(found):
+        lineage, said[index] = after, notices(found.config, index, stream)
+    before = len(lineage.phases) - len(config.phases)
+    return [
+        PlannedPhase(
+            record=record,
+            done=index < found.origin.phase,
+            readings=readings(Lineage(phases=lineage.phases[: before + index + 1])),
+            notices=[*(warnings if index == found.origin.phase else ()), *said.get(index, [])],
+        )
+        for index, record in enumerate(run_phases(lineage, config))
+    ]

@@ -31,7 +31,7 @@ from megacl.lineage import save_lineage
 from megacl.log import RunLog
 from megacl.model.gpt import build_model, count_parameters, flops_per_token
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
-from megacl.plan import begin_phase, check_batches, notices, open_phase, plan_phases, schedule_of
+from megacl.plan import begin_phase, check_batches, check_phases, open_phase, schedule_of
 from megacl.publish import alone_in, publish_text
 from megacl.resume import Found, find_inputs, find_origin, open_sources
 
@@ -71,9 +71,7 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
             opened = ranks.broadcast(opened)
             with ranks.together():
                 found = find_inputs(config, origin, opened)
-                for index, stream, _ in plan_phases(found):  # what would stop phase 3 stops the run before it writes
-                    for line in notices(found.config.phases[index], stream):
-                        log.warn(line)
+                steps = check_phases(found, log.warn)  # what would stop phase 3 stops the run before it writes
             model = build_model(found.config.model, seed=config.seed)
             if config.boundaries == "attention":
                 model.document_end = found.inputs.tokenizer.eos_id
@@ -86,7 +84,7 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
                             raise DataError(f"{run_dir}: another run has begun there meanwhile; name another run_dir.")
                     sweep_unfinished(run_dir)
                     publish_text(run_dir / "config.yaml", dump(found.config), "the configuration")
-            return _Run(found, run_dir, ranks, log, engine, stop).train()
+            return _Run(found, run_dir, ranks, log, engine, stop, steps).train()
     except _ToldToStop:
         log.say("told to stop before training began; the same command goes on")
         return "stopped"
@@ -111,7 +109,14 @@ class _Run:
     """One run on one rank: what its phases share."""
 
     def __init__(
-        self, found: Found, run_dir: Path, ranks: Ranks, log: RunLog, engine: Engine, stop: "_StopSignal"
+        self,
+        found: Found,
+        run_dir: Path,
+        ranks: Ranks,
+        log: RunLog,
+        engine: Engine,
+        stop: "_StopSignal",
+        total_steps: int,
     ) -> None:
         self.origin, self.config, self.inputs = found.origin, found.config, found.inputs
         self.run_dir, self.ranks, self.log, self.engine, self.stop = run_dir, ranks, log, engine, stop
@@ -120,6 +125,7 @@ class _Run:
         self.step = checkpoint.state.step if checkpoint else 0
         self.last_good = checkpoint.path if checkpoint else None
         self.skipped = 0
+        self.total_steps = total_steps
         self.evaluated, problems = sources_of(self.lineage, self.inputs.sources, self.inputs.history)
         for problem in problems:
             log.warn(f"not evaluated: {problem}")
@@ -176,7 +182,7 @@ class _Run:
         where = (
             f"from {parent.path}" if parent else f"going on at step {self.step}" if self.step else "from the beginning"
         )
-        return f"run {self.run_dir}: {what}, {kernels}; {config.total_steps} steps, {where}"
+        return f"run {self.run_dir}: {what}, {kernels}; {self.total_steps} steps, {where}"
 
     def _train_phase(self, index: int, samples: int) -> Outcome:
         config, phase = self.config, self.config.phases[index]
@@ -187,7 +193,7 @@ class _Run:
             self.lineage = self.lineage.with_phase(record)
             with self.ranks.together():
                 self._publish_lineage()
-        batch_size, steps = config.batch_size_of(phase), config.steps_of(phase)
+        batch_size = config.batch_size_of(phase)
         stream = open_phase(self.lineage, self.inputs)
         loader = Loader(
             stream,
@@ -197,14 +203,14 @@ class _Run:
             vocab_size=config.model.vocab_size,
         )
         loader.load_state_dict({"samples": samples})
-        schedule = schedule_of(config, phase, stream.record.start_lr)
+        schedule = schedule_of(config, phase, stream.record.start_lr, stream.record.budget_steps)
         before = self.lineage.tokens - self.lineage.phases[-1].tokens
         for batch in loader:
             samples = batch.first_sample + batch_size
             lr = schedule(samples // batch_size)
             self._step(phase, batch.tokens, lr, samples=samples, tokens_seen=before + samples * stream.seq_length)
             self.lineage = self.lineage.with_phase(stream.seen(samples, lr))
-            ended = samples == steps * batch_size
+            ended = samples == stream.record.budget_samples
             told_to_stop = self.ranks.any(self.stop.received)
             state = RunState(step=self.step, phase=index, samples=samples, phase_end=ended)
             saved = ended or told_to_stop or _due(self.step, config.checkpoint.every_steps)
@@ -254,7 +260,7 @@ class _Run:
             flops_per_second=flops,
         )
         text = f"{phase.name}  loss {result.loss:.4f}  lr {lr:.3g}  {rate:,.0f} tokens/s  {flops / 1e9:,.1f} GFLOP/s"
-        self.log.progress(self.step, config.total_steps, text)
+        self.log.progress(self.step, self.total_steps, text)
 
     def _evaluate_if_due(self, phase: PhaseConfig, sources: Mapping[str, Source], *, ended: bool) -> None:
         if ended or _due(self.step, self.config.evaluation.every_steps):

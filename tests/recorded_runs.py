@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megacl.lineage import Lineage, PhaseRecord, ReplayedPhase, ReplayRecord, SourceRecord
+from megacl.lineage import Lineage, MixturePiece, PhaseRecord, ReplayedPhase, ReplayRecord, SourceRecord
 
 TOKENS_PER_STEP = 8192
 
@@ -42,7 +42,6 @@ def phase(
                 generation=1,
                 fingerprint=f"fingerprint of {source}",
                 train_tokens=800_000,
-                weight=1,
                 first=0,
                 samples=32 * steps,
                 share=share,
@@ -50,6 +49,7 @@ def phase(
             )
             for source, share in sources.items()
         ),
+        mixture=(MixturePiece(first=0, weights=(1,) * len(sources)),),
         replay=replay,
         schedule={"kind": "cosine", "max_lr": 1e-3, "min_lr": 1e-4, "warmup": "1%"},
         optimizer_state="new",
@@ -60,7 +60,10 @@ def phase(
 def quarter_replay(of: str, samples: int) -> ReplayRecord:
     """A quarter of the samples drawn from one earlier phase."""
     return ReplayRecord(
-        share="1/4", samples=samples, from_=(ReplayedPhase(phase=of, weight=1, first_token=0, samples=samples),)
+        share="1/4",
+        samples=samples,
+        mixture=(MixturePiece(first=0, weights=(1,)),),
+        from_=(ReplayedPhase(phase=of, first=0, samples=samples),),
     )
 
 

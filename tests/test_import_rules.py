@@ -18,7 +18,8 @@ LEVELS = [
     "megacl errors publish config config_phase configfile data.__init__ model.__init__ model.config",
     "log schedules lineage kernels parallel "
     "data.manifest data.shards data.verify data.documents data.workers data.tokenizer data.order",
-    "data.blocks data.prepare data.provide data.sequences data.mixture data.replay data.stream data.loader "
+    "data.blocks data.prepare data.provide data.sequences data.mixture data.replay data.planning data.stream "
+    "data.loader "
     "model.layers model.gpt optimizer",
     "engine engine_deepspeed checkpoint parallel.apply",
     "convert evaluate predict plan sample resume",

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from megacl.errors import CheckpointError
-from megacl.lineage import Lineage, PhaseRecord, SourceRecord, describe, load_lineage, save_lineage
+from megacl.lineage import Lineage, MixturePiece, PhaseRecord, SourceRecord, describe, load_lineage, save_lineage
 
-SOURCE = SourceRecord(name="a", path="data/a", generation=1, fingerprint="f" * 64, train_tokens=900, weight=1, first=0)
+SOURCE = SourceRecord(name="a", path="data/a", generation=1, fingerprint="f" * 64, train_tokens=900, first=0)
 PHASE = PhaseRecord(
     run="r",
     name="p",
@@ -21,6 +21,7 @@ PHASE = PhaseRecord(
     tokens=160,
     tokenizer="t",
     sources=(SOURCE,),
+    mixture=(MixturePiece(first=0, weights=(1,)),),
     schedule={"kind": "constant", "max_lr": 1e-3},
     optimizer_state="new",
     start_lr=0.0,
@@ -33,7 +34,7 @@ def test_a_lineage_comes_back_from_its_file(tmp_path: Path) -> None:
     save_lineage(lineage, tmp_path)
     assert load_lineage(tmp_path) == lineage
     tree = json.loads((tmp_path / "lineage.json").read_text())
-    assert (tree["format"], tree["version"]) == ("megacl-lineage", 1)
+    assert (tree["format"], tree["version"]) == ("megacl-lineage", 2)
 
 
 def test_text_says_how_far_a_phase_went(tmp_path: Path) -> None:
@@ -47,12 +48,12 @@ def test_text_says_how_far_a_phase_went(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "no such file"),
-        ("{}", "it is not a lineage of version 1"),
-        ('{"format": "megacl-lineage", "version": 2, "phases": []}', "it is not a lineage of version 1"),
+        ("{}", "it is not a lineage of version 2"),
+        ('{"format": "megacl-lineage", "version": 1, "phases": []}', "it is not a lineage of version 2"),
         ("[]", "it is not a lineage"),
         ("{", "it is not JSON"),
         (
-            '{"format": "megacl-lineage", "version": 1, "phases": [{"name": "x"}]}',
+            '{"format": "megacl-lineage", "version": 2, "phases": [{"name": "x"}]}',
             "it is not a whole lineage: phases.0",
         ),
     ],

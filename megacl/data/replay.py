@@ -4,18 +4,32 @@ Sample g of a phase is a replayed one iff floor((g + 1) s) > floor(g s), s being
 first g samples hold floor(g s) of them, each batch its part, and the phase's token budget stays what it was.
 
 A replayed sample reads an earlier phase's own samples again (never what that phase itself replayed), in the order in
-which they were first seen, and wraps around at the end. Under another seq_length that phase's token stream is cut anew,
-in the order in which it was visited.
+which they were first seen, or under the policy `uniform` in a permutation of them, and round after round. Under another
+seq_length that phase's token stream is cut anew, in the order in which it was visited.
+
+A policy is weights over the earlier phases. With a_i the age of phase i where a new one begins:
+
+    original, uniform   tokens of its own that phase i saw    every earlier sample is equally likely
+    power_law           (a_i + 1)^-d
+    exponential         exp(-d a_i)
+    latest              1 for the newest phase, 0 for the others
+
+a_i counts phases from the beginning of phase i on, so that the newest has age 1; or the tokens learned since then, in
+units of the mean phase so far, so that phases of one length have the same ages either way.
 """
 
-from collections.abc import Callable
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megacl.data.order import Int64
+from megacl.config_phase import ReplayConfig
+from megacl.data.order import Int64, order_key
+from megacl.lineage import Lineage, PhaseRecord, ReplayedPhase
 
 
 def replayed_before(samples: Int64, share: Fraction) -> Int64:
@@ -29,6 +43,74 @@ def replayed_before(samples: Int64, share: Fraction) -> Int64:
 def is_replayed(samples: Int64, share: Fraction) -> NDArray[np.bool_]:
     """Whether each sample g is a replayed one. int64 [N] -> bool [N]."""
     return replayed_before(samples + 1, share) > replayed_before(samples, share)
+
+
+# ---------------------------------------------------------------------------------------------- which phases
+
+
+def policy_weights(replay: ReplayConfig, lineage: Lineage, phases: Sequence[str]) -> Mapping[str, float | Fraction]:
+    """Weights over those of `phases` (names in `lineage`, not none) that a policy replays where a new phase begins."""
+    if replay.policy == "latest":
+        return {phases[-1]: 1.0}
+    records = {phase.name: phase for phase in lineage.phases}
+    if replay.policy in ("original", "uniform"):
+        return {name: Fraction(records[name].own_samples * records[name].seq_length) for name in phases}
+    ages = _ages(lineage, in_tokens=replay.age == "tokens")
+    d = 0.5 if replay.d is None else replay.d
+    if replay.policy == "power_law":
+        return {name: (ages[name] + 1) ** -d for name in phases}
+    newest = min(ages[name] for name in phases)  # a common factor, without which all may be too small for a float
+    return {name: max(math.exp(-d * (ages[name] - newest)), sys.float_info.min) for name in phases}
+
+
+def _ages(lineage: Lineage, *, in_tokens: bool) -> dict[str, float]:
+    """The age of each phase where a new one begins after `lineage`."""
+    count = len(lineage.phases)
+    if not in_tokens:
+        return {phase.name: float(count - index) for index, phase in enumerate(lineage.phases)}
+    ages, since = {}, 0
+    for phase in reversed(lineage.phases):
+        since += phase.tokens
+        ages[phase.name] = since * count / lineage.tokens
+    return ages
+
+
+# ---------------------------------------------------------------------------------------------- which of its samples
+
+
+def draws_in_a_round(phase: PhaseRecord, seq_length: int) -> int:
+    """Sequences of `seq_length` that a phase's own samples hold."""
+    return phase.own_samples * phase.seq_length // seq_length
+
+
+def next_draw(lineage: Lineage, name: str, *, permuted: bool, seq_length: int) -> int:
+    """The draw from phase `name` with which a replay that begins after `lineage` goes on, counted over all rounds.
+
+    It goes on where the last replay of that phase stopped. In the original order that is a place in the phase's
+    tokens, and holds for every seq_length. Between two orders (original or permuted, or permuted by another
+    seq_length) there is no such place: a round that was begun counts as over, so that in each round no token is
+    replayed twice.
+    """
+    earlier = next(phase for phase in lineage.phases if phase.name == name)
+    last: tuple[PhaseRecord, bool, ReplayedPhase] | None = None
+    for phase in lineage.phases:
+        if phase.replay:
+            for entry in phase.replay.from_:
+                if entry.phase == name:
+                    last = phase, phase.replay.policy == "uniform", entry
+    if last is None:
+        return 0
+    phase, was_permuted, entry = last
+    a_round = draws_in_a_round(earlier, seq_length)
+    rounds, draws = divmod(entry.first + entry.samples, draws_in_a_round(earlier, phase.seq_length))
+    if permuted == was_permuted and (phase.seq_length == seq_length or not permuted):
+        return rounds * a_round + min(-(-draws * phase.seq_length // seq_length), a_round)
+    return (rounds + (draws > 0)) * a_round
+
+
+def replay_key(phase: PhaseRecord, seq_length: int) -> int:
+    """The key of the permutation in which the policy `uniform` reads a phase's own samples, cut to `seq_length`."""
+    return order_key(seed=phase.seed, fingerprint=f"replay of {phase.run}/{phase.name}", seq_length=seq_length)
 
 
 @dataclass(frozen=True)

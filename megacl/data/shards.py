@@ -310,6 +310,7 @@ class Source:
     vocab_size: int  # of the tokenizer: every token is below it
     eos_id: int
     held_out: float  # the part of the documents that is held out, by their hashes
+    train_documents: int
     train: TokenStream
     validation: TokenStream
 
@@ -344,6 +345,7 @@ def open_source(path: str | Path, generation: int | None = None, since: int = 0)
         vocab_size=manifest.tokenizer.vocab_size,
         eos_id=manifest.tokenizer.eos_id,
         held_out=manifest.validation,
+        train_documents=shards.totals("train").documents,
         train=TokenStream(folder, shards.split("train"), manifest.dtype),
         validation=TokenStream(folder, shards.split("validation"), manifest.dtype),
     )

@@ -1,29 +1,24 @@
 """The samples of a phase: index g -> tokens, a pure function of the lineage.
 
-    record = plan_phase(lineage, phase, sources, ...)       # where each source's cursor and each replay's cursor stands
-    stream = PhaseStream(lineage.with_phase(record), open_source)
-    tokens = stream.read(np.arange(64))                     # int64 [64, T + 1]
-
-A source goes on where the last phase that read it (in the same cut and under the same seed) stopped, so that nothing is
-seen twice before everything was seen once; a replay goes on where the last replay of that phase stopped.
+record = plan_phase(lineage, phase, sources, ...)       # data/planning.py: where sources and replays go on
+stream = PhaseStream(lineage.with_phase(record), open_source)
+tokens = stream.read(np.arange(64))                     # int64 [64, T + 1]
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megacl.config_phase import PhaseConfig, ReplayConfig, share_of
-from megacl.data.mixture import Mixture, integer_weights
-from megacl.data.order import Int64
-from megacl.data.replay import Recut, is_replayed, replayed_before
+from megacl.data.mixture import Mixture
+from megacl.data.order import Int64, permuted
+from megacl.data.replay import Recut, is_replayed, replay_key, replayed_before
 from megacl.data.sequences import Sequences
 from megacl.data.shards import Source, open_source
-from megacl.errors import ConfigError, DataError
-from megacl.lineage import Lineage, PhaseRecord, ReplayedPhase, ReplayRecord, SourceRecord
+from megacl.errors import DataError
+from megacl.lineage import Lineage, MixturePiece, PhaseRecord, SourceRecord
 
 OpenSource = Callable[[SourceRecord], Source]
 
@@ -46,136 +41,6 @@ def open_recorded(record: SourceRecord, known: Iterable[Source] = ()) -> Source:
             f"was trained on {record.fingerprint[:12]}; restore the data that source {record.name!r} had."
         )
     return source
-
-
-# ---------------------------------------------------------------------------------------------- planning a phase
-
-
-def plan_phase(
-    lineage: Lineage,
-    phase: PhaseConfig,
-    sources: Mapping[str, Source],
-    *,
-    run: str,
-    seed: int,
-    seq_length: int,
-    global_batch_size: int,
-    steps: int,
-    schedule: dict[str, Any],
-    optimizer_state: Literal["new", "kept", "reset"],
-    start_lr: float,
-) -> PhaseRecord:
-    """The record of a phase that begins after `lineage`, with nothing seen yet.
-
-    sources: opened sources by name, all that the phase's mixture and its replay name. Raises ConfigError where the
-    phase cannot follow this lineage, DataError where a source is too small for one sequence.
-    """
-    if phase.name in {earlier.name for earlier in lineage.phases}:
-        raise ConfigError(
-            f"the model has already been through a phase named {phase.name!r}; give this one a name of its own."
-        )
-    replay = phase.replay
-    named = [*phase.mixture, *(replay.from_sources or {} if replay else {})]
-    first_of: dict[str, str] = {}
-    for name in named:
-        twin = first_of.setdefault(sources[name].fingerprint, name)
-        if named.count(name) > 1 or twin != name:
-            raise ConfigError(
-                f"phase {phase.name!r} reads the same data twice, as {twin!r} and {name!r}; one weight says it all."
-            )
-
-    def records(weights: Mapping[str, float]) -> tuple[SourceRecord, ...]:
-        whole = integer_weights(weights)
-        period = sum(whole.values())
-        return tuple(
-            SourceRecord(
-                name=name,
-                path=str(sources[name].path),
-                generation=sources[name].generation,
-                since=sources[name].since,
-                fingerprint=sources[name].fingerprint,
-                train_tokens=sources[name].train.tokens,
-                weight=weight,
-                share=weight / period,
-                first=_draws_taken(lineage, sources[name].fingerprint, seq_length, seed),
-                tokens_before=_tokens_read(lineage, sources[name]),
-            )
-            for name, weight in whole.items()
-        )
-
-    return PhaseRecord(
-        run=run,
-        name=phase.name,
-        order="v1",
-        seed=seed,
-        seq_length=seq_length,
-        global_batch_size=global_batch_size,
-        budget_samples=steps * global_batch_size,
-        tokenizer=sources[next(iter(phase.mixture))].tokenizer_fingerprint,
-        sources=records(phase.mixture),
-        replay=_plan_replay(lineage, phase.name, replay, records) if replay and replay.share else None,
-        schedule=schedule,
-        optimizer_state=optimizer_state,
-        start_lr=start_lr,
-        last_lr=start_lr,
-    )
-
-
-def _draws_taken(lineage: Lineage, fingerprint: str, seq_length: int, seed: int) -> int:
-    """How many draws from a source, in this cut and order, the model has seen."""
-    taken = 0
-    for phase in lineage.phases:
-        if (phase.seq_length, phase.seed) == (seq_length, seed):
-            for source in phase.sources_read:
-                if source.fingerprint == fingerprint:
-                    taken = max(taken, source.first + source.samples)
-    return taken
-
-
-def _tokens_read(lineage: Lineage, source: Source) -> int:
-    """How many tokens the model has learned from a source's folder, in any cut, order and generation."""
-    return sum(
-        record.tokens
-        for phase in lineage.phases
-        for record in phase.sources_read
-        if record.fingerprint == source.fingerprint or record.path == str(source.path)
-    )
-
-
-def _plan_replay(
-    lineage: Lineage,
-    name: str,
-    replay: ReplayConfig,
-    records: Callable[[Mapping[str, float]], tuple[SourceRecord, ...]],
-) -> ReplayRecord:
-    share = str(share_of(replay.share))
-    if replay.from_sources:
-        return ReplayRecord(share=share, from_sources=records(replay.from_sources))
-    own = {phase.name: phase.own_samples * phase.seq_length for phase in lineage.phases if phase.own_samples}
-    weights: Mapping[str, float] = replay.from_ or own
-    if not weights:
-        raise ConfigError(
-            f"phase {name!r} has nothing to replay: the model's history names no phase. "
-            "Take replay out, or name prepared sources in replay.from_sources."
-        )
-    for phase in weights:
-        if phase not in own:
-            raise ConfigError(
-                f"phase {name!r} replays {phase!r}, which the model has not been through; it knows {', '.join(own)}."
-            )
-    return ReplayRecord(
-        share=share,
-        from_=tuple(
-            ReplayedPhase(phase=phase, weight=weight, first_token=_tokens_replayed(lineage, phase))
-            for phase, weight in integer_weights(weights).items()
-        ),
-    )
-
-
-def _tokens_replayed(lineage: Lineage, phase: str) -> int:
-    """How many tokens of a phase the phases after it have replayed."""
-    replays = [record.replay for record in lineage.phases if record.replay]
-    return sum(replayed.tokens for replay in replays for replayed in replay.from_ if replayed.phase == phase)
 
 
 # ---------------------------------------------------------------------------------------------- its samples
@@ -234,7 +99,15 @@ class _Replayed:
     own: _OwnSamples
     recut: Recut
     first: int
-    """The piece at which this phase's replay of it begins."""
+    """The draw, counted over all rounds, with which this phase's replay of it begins."""
+    key: int | None
+    """Of the permutation of its pieces; None where they are read in their order."""
+
+    def pieces(self, draws: Int64) -> Int64:
+        """Which piece each of this phase's draws takes: int64 [N] -> int64 [N]."""
+        if self.key is None:
+            return (self.first + draws) % self.recut.n
+        return permuted(self.first + draws, self.recut.n, self.key)
 
 
 class PhaseStream:
@@ -248,30 +121,26 @@ class PhaseStream:
         self._open = open_source
         self._numbers: dict[str, int] = {}
         record = self.record
-        self._own = self._samples_of(record, record.sources)
+        self._own = self._samples_of(record, record.sources, record.mixture)
         self._replayed_phases: list[_Replayed] = []
         self._replayed_sources: _OwnSamples | None = None
-        if record.replay is None:
+        replay = record.replay
+        if replay is None:
             return
-        self._replay_mixture = Mixture(
-            tuple(entry.weight for entry in record.replay.from_ or record.replay.from_sources)
-        )
+        self._replay_mixture = Mixture(replay.mixture)
         by_name = {phase.name: index for index, phase in enumerate(lineage.phases[:-1])}
-        for entry in record.replay.from_:
+        for entry in replay.from_:
             earlier = lineage.phases[by_name[entry.phase]]
-            own = self._samples_of(earlier, earlier.sources)
+            own = self._samples_of(earlier, earlier.sources, earlier.mixture)
             recut = Recut(own.read, earlier.own_samples, earlier.seq_length, record.seq_length)
-            if recut.n < 1:
-                raise DataError(
-                    f"phase {entry.phase!r} saw {earlier.own_samples * earlier.seq_length} tokens of its own, too few "
-                    f"to replay one sequence of {record.seq_length}; take it out of replay.from."
-                )
-            first = -(-entry.first_token // record.seq_length)
-            self._replayed_phases.append(_Replayed(by_name[entry.phase], own, recut, first))
-        if record.replay.from_sources:
-            self._replayed_sources = self._samples_of(record, record.replay.from_sources)
+            key = replay_key(earlier, record.seq_length) if replay.policy == "uniform" else None
+            self._replayed_phases.append(_Replayed(by_name[entry.phase], own, recut, entry.first, key))
+        if replay.from_sources:
+            self._replayed_sources = self._samples_of(record, replay.from_sources, replay.mixture)
 
-    def _samples_of(self, phase: PhaseRecord, records: tuple[SourceRecord, ...]) -> _OwnSamples:
+    def _samples_of(
+        self, phase: PhaseRecord, records: tuple[SourceRecord, ...], pieces: tuple[MixturePiece, ...]
+    ) -> _OwnSamples:
         numbers = []
         for source in records:
             if source.fingerprint not in self._numbers:
@@ -282,8 +151,12 @@ class PhaseStream:
             cuts=tuple(Sequences(self.sources[number], phase.seq_length, phase.seed) for number in numbers),
             firsts=np.array([source.first for source in records], dtype=np.int64),
             numbers=np.array(numbers, dtype=np.int64),
-            mixture=Mixture(tuple(source.weight for source in records)),
+            mixture=Mixture(pieces),
         )
+
+    def source_of(self, record: SourceRecord) -> Source:
+        """The opened source of a record."""
+        return self.sources[self._numbers[record.fingerprint]]
 
     @property
     def seq_length(self) -> int:
@@ -338,7 +211,7 @@ class PhaseStream:
         for index, replayed_phase in enumerate(self._replayed_phases):
             which = np.flatnonzero(entry == index)
             if which.size:
-                yield which, replayed_phase, (replayed_phase.first + number[which]) % replayed_phase.recut.n
+                yield which, replayed_phase, replayed_phase.pieces(number[which])
 
     def seen(self, samples: int, last_lr: float) -> PhaseRecord:
         """The phase's record after its first `samples` samples, of which the last was learned at rate `last_lr`."""

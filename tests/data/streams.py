@@ -7,7 +7,8 @@ import numpy as np
 
 from megacl.config_phase import PhaseConfig
 from megacl.configfile import to_tree
-from megacl.data.stream import PhaseStream, plan_phase
+from megacl.data.planning import plan_phase
+from megacl.data.stream import PhaseStream
 from megacl.lineage import Lineage
 
 STRIDE = 100_000
@@ -25,7 +26,7 @@ class CountingStream:
         return self.number * STRIDE + starts[:, None] + np.arange(length)
 
 
-def counting_source(number: int, tokens: int) -> Any:
+def counting_source(number: int, tokens: int, documents: int = 1) -> Any:
     return SimpleNamespace(
         name=f"s{number}",
         path=f"/data/s{number}",
@@ -33,6 +34,7 @@ def counting_source(number: int, tokens: int) -> Any:
         since=0,
         fingerprint=f"fingerprint-{number}-{tokens}",
         tokenizer_fingerprint="tokenizer",
+        train_documents=documents,
         train=CountingStream(number, tokens),
     )
 

@@ -1,0 +1,320 @@
+"""The record of a phase as it begins: what it will read and replay, from where on, and how far that goes.
+
+    record = plan_phase(lineage, phase, sources, seq_length=2048, global_batch_size=64, steps=1000, ...)
+    record.budget_samples       # fewer than steps x batch where a source that runs out ends the phase
+
+All that follows from the configuration and the data is settled here, once: weights become integers, changes of the
+mixture become numbers of samples, and sources that run out are found by halving over counts. The record then says it
+all, and a later state of the data does not move it.
+
+A source goes on where the last phase that read it (in the same cut and under the same seed) stopped, so that nothing is
+seen twice before everything was seen once; a replay goes on where the last replay of that phase stopped.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Literal
+
+from megacl.config_phase import PhaseConfig, ReplayConfig, length_in_steps, share_of
+from megacl.data.mixture import MAX_LINE, Mixture, first_to_run_out, integer_weights, renormalised
+from megacl.data.replay import draws_in_a_round, next_draw, policy_weights
+from megacl.data.sequences import Sequences
+from megacl.data.shards import Source
+from megacl.errors import ConfigError, DataError
+from megacl.lineage import (
+    Lineage,
+    MixtureLine,
+    MixturePiece,
+    PhaseRecord,
+    ReplayedPhase,
+    ReplayRecord,
+    SourceRecord,
+)
+
+
+def plan_phase(
+    lineage: Lineage,
+    phase: PhaseConfig,
+    sources: Mapping[str, Source],
+    *,
+    run: str,
+    seed: int,
+    seq_length: int,
+    global_batch_size: int,
+    steps: int,
+    schedule: dict[str, Any],
+    optimizer_state: Literal["new", "kept", "reset"],
+    start_lr: float,
+) -> PhaseRecord:
+    """The record of a phase that begins after `lineage`, with nothing seen yet.
+
+    sources: opened sources by name, all that the phase's mixtures and its replay name. steps: the configured budget.
+    Raises ConfigError where the phase cannot follow this lineage or has nothing left to read, DataError where a source
+    or a replayed phase is too small for one sequence.
+    """
+    if phase.name in {earlier.name for earlier in lineage.phases}:
+        raise ConfigError(
+            f"the model has already been through a phase named {phase.name!r}; give this one a name of its own."
+        )
+    _check_names(phase, sources)
+    share = share_of(phase.replay.share) if phase.replay else Fraction(0)
+    places = _Places(share, global_batch_size)
+    records = {
+        name: SourceRecord(
+            name=name,
+            path=str(sources[name].path),
+            generation=sources[name].generation,
+            since=sources[name].since,
+            fingerprint=sources[name].fingerprint,
+            train_tokens=sources[name].train.tokens,
+            first=_draws_taken(lineage, sources[name].fingerprint, seq_length, seed),
+            tokens_before=_tokens_read(lineage, sources[name]),
+        )
+        for name in (*phase.source_names, *((phase.replay.from_sources or ()) if phase.replay else ()))
+    }
+    own = tuple(records[name] for name in phase.source_names)
+    left = [
+        max(0, Sequences(sources[record.name], seq_length, seed).n - record.first)
+        if phase.when_exhausted != "repeat"
+        else _ENDLESS
+        for record in own
+    ]
+    pieces = _pieces(phase, sources, steps, seq_length, places)
+    pieces, steps, out = _until_exhausted(phase, pieces, left, steps, places)
+    if steps == 0:
+        unread = ", ".join(f"{left[index]:,} sequences of {own[index].name}" for index in out)
+        raise ConfigError(
+            f"phase {phase.name!r} ends before its first batch is full: the model has yet to read {unread}. "
+            "Change the mixture, prepare more, or set when_exhausted to repeat."
+        )
+    own_samples = places.own(steps * global_batch_size)
+    counts = Mixture(pieces).counts(own_samples).tolist()
+    replay = None
+    if phase.replay and share:
+        samples = steps * global_batch_size - own_samples
+        replay = _plan_replay(lineage, phase.name, phase.replay, records, seq_length, samples)
+    return PhaseRecord(
+        run=run,
+        name=phase.name,
+        order="v1",
+        seed=seed,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        budget_samples=steps * global_batch_size,
+        tokenizer=sources[next(iter(phase.mixture))].tokenizer_fingerprint,
+        sources=tuple(
+            replace(
+                record,
+                share=count / own_samples,
+                runs_out=places.sample_of(out[index]) if index in out else None,
+            )
+            for index, (record, count) in enumerate(zip(own, counts, strict=True))
+        ),
+        mixture=pieces,
+        replay=replay,
+        schedule=schedule,
+        optimizer_state=optimizer_state,
+        start_lr=start_lr,
+        last_lr=start_lr,
+    )
+
+
+_ENDLESS = 2**62
+"""Draws that a source has which begins again at its end."""
+
+
+def _check_names(phase: PhaseConfig, sources: Mapping[str, Source]) -> None:
+    named = [*phase.source_names, *((phase.replay.from_sources or ()) if phase.replay else ())]
+    first_of: dict[str, str] = {}
+    for name in named:
+        twin = first_of.setdefault(sources[name].fingerprint, name)
+        if named.count(name) > 1 or twin != name:
+            raise ConfigError(
+                f"phase {phase.name!r} reads the same data twice, as {twin!r} and {name!r}; one weight says it all."
+            )
+
+
+def _draws_taken(lineage: Lineage, fingerprint: str, seq_length: int, seed: int) -> int:
+    """How many draws from a source, in this cut and order, the model has seen."""
+    taken = 0
+    for phase in lineage.phases:
+        if (phase.seq_length, phase.seed) == (seq_length, seed):
+            for source in phase.sources_read:
+                if source.fingerprint == fingerprint:
+                    taken = max(taken, source.first + source.samples)
+    return taken
+
+
+def _tokens_read(lineage: Lineage, source: Source) -> int:
+    """How many tokens the model has learned from a source's folder, in any cut, order and generation."""
+    return sum(
+        record.tokens
+        for phase in lineage.phases
+        for record in phase.sources_read
+        if record.fingerprint == source.fingerprint or record.path == str(source.path)
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the mixture
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a phase's own samples stand among all of its samples."""
+
+    share: Fraction
+    """The part that is replayed."""
+    batch_size: int
+
+    def own(self, samples: int) -> int:
+        """How many of the first `samples` samples are the phase's own: ceil(samples (1 - share))."""
+        return samples - samples * self.share.numerator // self.share.denominator
+
+    def sample_of(self, number: int) -> int:
+        """The index in the phase of its own sample of that number."""
+        return number * self.share.denominator // (self.share.denominator - self.share.numerator)
+
+    def whole_steps(self, own_samples: int, steps: int) -> int:
+        """How many of `steps` steps need no more than so many own samples."""
+        return min(steps, self.sample_of(own_samples) // self.batch_size)
+
+
+def asked_weights(
+    phase: PhaseConfig, mixture: Mapping[str, float], sources: Mapping[str, Source]
+) -> dict[str, float | Fraction]:
+    """The weights of one of a phase's mixtures before they become integers.
+
+    w_i^(1 / temperature), w_i being the number given, times the source's training tokens or training documents where
+    weights_by says so. Exact at temperature 1.
+    """
+    weights = {}
+    for name, given in mixture.items():
+        source = sources[name]
+        size = {"given": 1, "tokens": source.train.tokens, "documents": source.train_documents}[phase.weights_by]
+        if not size:
+            raise DataError(f"source {name!r} ({source.path}) has no training documents; prepare more of them.")
+        weights[name] = Fraction(repr(given)) * size
+    if phase.temperature == 1:
+        return dict(weights)
+    largest = max(weights.values())
+    return {name: max(float(w / largest) ** (1 / phase.temperature), 1e-300) for name, w in weights.items()}
+
+
+def _pieces(
+    phase: PhaseConfig, sources: Mapping[str, Source], steps: int, seq_length: int, places: _Places
+) -> tuple[MixturePiece, ...]:
+    """The phase's mixture and its changes over the numbers of its own samples, aligned with `phase.source_names`."""
+
+    def weights(mixture: Mapping[str, float]) -> tuple[int, ...]:
+        whole = integer_weights(asked_weights(phase, mixture, sources))
+        return tuple(whole.get(name, 0) for name in phase.source_names)
+
+    pieces = [MixturePiece(first=0, weights=weights(phase.mixture))]
+    for change in phase.mixture_changes:
+        length = length_in_steps(change.at, phase_steps=steps, tokens_per_step=seq_length * places.batch_size)
+        begin, end = pieces[-1].first, places.own(math.ceil(length) * places.batch_size)
+        new = weights(change.mixture)
+        if end == begin:  # where most is replayed, some steps hold no new sample
+            pieces[-1] = MixturePiece(first=begin, weights=new)
+            continue
+        if change.how == "linear":
+            if end - begin >= MAX_LINE:
+                raise ConfigError(
+                    f"phase {phase.name!r} changes its mixture over {end - begin:,} samples; a straight line may have "
+                    f"{MAX_LINE - 1:,} at most, so set a change in between, or step."
+                )
+            pieces[-1] = replace(pieces[-1], line=MixtureLine(weights=new, start=begin, end=end))
+        pieces.append(MixturePiece(first=end, weights=new))
+    return _before(tuple(pieces), places.own(steps * places.batch_size))
+
+
+def _before(pieces: tuple[MixturePiece, ...], samples: int) -> tuple[MixturePiece, ...]:
+    """The pieces that begin within the first `samples` samples."""
+    return tuple(piece for piece in pieces if piece.first < samples)
+
+
+def _until_exhausted(
+    phase: PhaseConfig, pieces: tuple[MixturePiece, ...], left: Sequence[int], steps: int, places: _Places
+) -> tuple[tuple[MixturePiece, ...], int, dict[int, int]]:
+    """(pieces, steps, the own sample with which each source runs out) under the phase's `when_exhausted`."""
+    samples = places.own(steps * places.batch_size)
+    if phase.when_exhausted == "repeat":
+        return pieces, steps, {}
+    if phase.when_exhausted == "stop":
+        found = first_to_run_out(Mixture(pieces), left, samples)
+        end, out = (found[0], {found[1]: found[0]}) if found else (samples, {})
+    else:
+        pieces, end, out = renormalised(pieces, left, samples)
+    steps = places.whole_steps(end, steps)
+    return _before(pieces, places.own(steps * places.batch_size)), steps, out
+
+
+# ---------------------------------------------------------------------------------------------- its replay
+
+
+def _plan_replay(
+    lineage: Lineage,
+    name: str,
+    replay: ReplayConfig,
+    records: Mapping[str, SourceRecord],
+    seq_length: int,
+    samples: int,
+) -> ReplayRecord:
+    """What a phase replays in its `samples` replayed samples."""
+    share = str(share_of(replay.share))
+    if replay.from_sources:
+        whole = integer_weights(replay.from_sources)
+        piece = MixturePiece(first=0, weights=tuple(whole.values()))
+        counts = Mixture((piece,)).counts(samples).tolist()
+        return ReplayRecord(
+            share=share,
+            mixture=(piece,),
+            from_sources=tuple(
+                replace(records[source], share=count / samples if samples else 0.0)
+                for source, count in zip(whole, counts, strict=True)
+            ),
+        )
+    draws = {phase.name: draws_in_a_round(phase, seq_length) for phase in lineage.phases}
+    weights = replay.from_ or policy_weights(replay, lineage, _replayable(name, draws))
+    for phase in weights:
+        if phase not in draws:
+            raise ConfigError(
+                f"phase {name!r} replays {phase!r}, which the model has not been through; it knows {', '.join(draws)}."
+            )
+        if not draws[phase]:
+            raise DataError(
+                f"phase {phase!r} saw too few tokens of its own to replay one sequence of {seq_length}; "
+                "take it out of replay.from."
+            )
+    whole = integer_weights(weights)
+    entries = tuple(
+        ReplayedPhase(
+            phase=phase,
+            first=next_draw(lineage, phase, permuted=replay.policy == "uniform", seq_length=seq_length),
+        )
+        for phase in whole
+    )
+    pieces: tuple[MixturePiece, ...] = (MixturePiece(first=0, weights=tuple(whole.values())),)
+    if replay.max_times:
+        left = [max(0, replay.max_times * draws[entry.phase] - entry.first) for entry in entries]
+        pieces, end, _ = renormalised(pieces, left, samples)
+        if end < samples:
+            raise ConfigError(
+                f"phase {name!r} replays {samples:,} samples, and with replay.max_times {replay.max_times} there are "
+                f"{sum(left):,} left to replay; lower replay.share, or raise max_times."
+            )
+        pieces = _before(pieces, samples) or pieces
+    return ReplayRecord(share=share, policy=replay.policy, mixture=pieces, from_=entries)
+
+
+def _replayable(name: str, draws: Mapping[str, int]) -> list[str]:
+    """The phases that have a sequence of their own to replay, oldest first."""
+    names = [phase for phase, count in draws.items() if count]
+    if not names:
+        raise ConfigError(
+            f"phase {name!r} has nothing to replay: the model's history names no phase with a sequence of its own. "
+            "Take replay out, or name prepared sources in replay.from_sources."
+        )
+    return names
