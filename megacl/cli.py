@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megacl.cli_data import data_app
+from megacl.cli_data import data_app, print_prepared
 from megacl.errors import ConfigError, DataError, LaunchError, MegaclError
 
 if TYPE_CHECKING:
@@ -45,9 +45,16 @@ def prepare(
     validation: Annotated[float, typer.Option(help="The part of the documents that is held out.")] = 0.01,
     field: Annotated[str, typer.Option(help="The key of a document's text.")] = "text",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count broken lines and go on.")] = False,
+    task: Annotated[
+        str | None, typer.Option(help="I/N: do share I of N, here or elsewhere; then `megacl data merge OUT`.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
 ) -> None:
-    """Turn raw documents into tokenized shards and a manifest; goes on where it was interrupted."""
+    """Turn raw documents into tokenized shards and a manifest; goes on where it was interrupted.
+
+    On many machines that share a file system: the same command with --task 1/N to N/N, all at once if you like, then
+    `megacl data merge OUT`. slurm/prepare.sbatch.j2 is a job array that does this.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -57,7 +64,7 @@ def prepare(
     try:
         console = Console(stderr=True)
         with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task(f"preparing {out}", total=None)
+            bar = progress.add_task(f"preparing {out}", total=None)
             report = prepare_documents(
                 inputs,
                 tokenizer=load_tokenizer(tokenizer),
@@ -66,20 +73,21 @@ def prepare(
                 validation=validation,
                 field=field,
                 skip_bad=skip_bad,
+                task=_share(task) if task else None,
                 workers=workers,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
+                progress=lambda done, total: progress.update(bar, completed=done, total=total),
             )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is left", file=sys.stderr)
         _leave(128 + signal.SIGINT)
-    print(
-        f"{out}: generation {report.generation}, {report.documents:,} documents ({report.held_out:,} held out), "
-        f"{report.tokens:,} tokens, {report.text_bytes:,} bytes of text, {report.seconds:.1f} s"
-    )
-    if report.bad_lines or report.empty_documents:
-        print(f"left out: {report.bad_lines:,} bad lines, {report.empty_documents:,} empty documents")
-    if report.passed_over:
-        print(f"passed over: {len(report.passed_over):,} files of other kinds, {', '.join(report.passed_over[:3])} ...")
+    print_prepared(out, report)
+
+
+def _share(task: str) -> tuple[int, int]:
+    number, _, tasks = task.partition("/")
+    if not (number.isdecimal() and tasks.isdecimal()):
+        raise ConfigError(f"--task is {task!r}; it must be I/N, such as 3/8: share 3 of 8.")
+    return int(number), int(tasks)
 
 
 @app.command()

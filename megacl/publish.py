@@ -92,6 +92,19 @@ def alone_in(folder: Path, who: str) -> Iterator[None]:
     The lock is the kernel's, on a file .lock inside (flock; over NFS a byte-range lock): it ends with the process. A
     file system that has no locks keeps nobody out.
     """
+    with _locked(folder, fcntl.LOCK_EX, who):
+        yield
+
+
+@contextlib.contextmanager
+def among_others_in(folder: Path, who: str) -> Iterator[None]:
+    """The same lock, shared: many may hold it like this at once, but nobody while one is alone there."""
+    with _locked(folder, fcntl.LOCK_SH, who):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, kind: int, who: str) -> Iterator[None]:
     with disk_errors(folder / ".lock", "a lock"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +113,7 @@ def alone_in(folder: Path, who: str) -> Iterator[None]:
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"{folder}: {who} is at work there; wait for it, or stop it.") from None
         except OSError:

@@ -17,12 +17,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megacl"
 LEVELS = [
     "megacl errors publish config config_phase configfile data.__init__ model.__init__ model.config",
     "log schedules lineage kernels parallel "
-    "data.manifest data.shards data.verify data.documents data.workers data.tokenizer data.order",
-    "data.blocks data.prepare data.provide data.sequences data.mixture data.replay data.planning data.stream "
+    "data.manifest data.shards data.verify data.documents data.portions data.workers data.tokenizer data.order",
+    "data.blocks data.tasks data.generations data.prepare "
+    "data.rewrite data.duplicates data.remove data.near data.overview data.export "
+    "data.provide data.sequences data.mixture data.replay data.planning data.stream "
     "data.loader "
     "model.layers model.gpt optimizer",
     "engine engine_deepspeed checkpoint parallel.apply",
-    "convert evaluate predict plan sample resume",
+    "convert evaluate predict plan sample resume saw",
     "trainer",
     "release report report_run report_plots slurm",
     "study",

@@ -27,7 +27,7 @@ from megacl.data.shards import Tokens, hash_of, held_out_below, join_documents, 
 from megacl.data.tokenizer import load_tokenizer
 from megacl.data.workers import run_on_workers
 from megacl.errors import DataError
-from megacl.publish import disk_errors, publish_text
+from megacl.publish import publish_text
 
 _BATCH_CHARACTERS = 2**20
 
@@ -76,10 +76,6 @@ def prepare_blocks(
     read_segment, write_shard and run_on_workers raise.
     """
     contents = {each.name: each.sha256 for each in inputs}
-    with disk_errors(work, "the work folder"):
-        work.mkdir(exist_ok=True)
-        for file in work.glob(".*.tmp"):
-            file.unlink()  # what a killed worker was writing
     keys: list[str] = []
     done: dict[str, Done] = {}
     found_cost = 0

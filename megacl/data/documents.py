@@ -171,17 +171,21 @@ def identify(files: Sequence[RawFile], threads: int) -> tuple[InputFile, ...]:
             _check_unchanged(file, os.stat(file.name))
         return InputFile(name=file.name, size=file.size, sha256=digest.hexdigest())
 
-    records: dict[str, InputFile] = {}
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for record in pool.map(describe, files):
-                if (first := records.setdefault(record.sha256, record)) is not record:
-                    raise DataError(
-                        f"{record.name}: its content is given twice, the first time as {first.name}. Leave one out."
-                    )
+            records = tuple(pool.map(describe, files))
         finally:
             stopped.set()  # the pool waits for what its threads have begun; not for long after an error or Ctrl-C
-    return tuple(records.values())
+    refuse_twice(records)
+    return records
+
+
+def refuse_twice(files: Sequence[InputFile]) -> None:
+    """DataError if two of the files have one content."""
+    first_of: dict[str, InputFile] = {}
+    for file in files:
+        if (first := first_of.setdefault(file.sha256, file)) is not file:
+            raise DataError(f"{file.name}: its content is given twice, the first time as {first.name}. Leave one out.")
 
 
 def _check_unchanged(file: RawFile, facts: os.stat_result) -> None:

@@ -9,6 +9,7 @@ them. Only commands that change a folder read inputs.arrow and removed.arrow.
 A list of 100,000 shards stays in Arrow's columns: what a reader needs of it is a few arrays, not objects.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ REMOVED = "removed.arrow"
 
 Split = Literal["train", "validation"]
 DTypeName = Literal["uint16", "uint32"]
+MadeBy = Literal["prepare", "merge", "remove", "dedup"]
 Count = Annotated[int, Field(ge=0)]
 Hashes = npt.NDArray[np.uint64]
 """The first 8 bytes of BLAKE2b (with a digest of 8 bytes) of documents' texts in UTF-8, as big-endian numbers."""
@@ -106,7 +108,7 @@ class Generation:
     train: Totals
     validation: Totals
     fingerprint: str
-    made_by: Literal["prepare", "merge", "remove", "dedup"]
+    made_by: MadeBy
     settings: dict[str, str | int | float | bool]  # of the command that made it, as far as they shape its documents
     bad_lines: Count = 0  # lines that were left out of what it added
     empty_documents: Count = 0  # documents without text that were left out of what it added
@@ -162,6 +164,11 @@ class ShardList:
         trees = [{name: tree[name] for name in _ROW_SCHEMA.names} for tree in trees]
         return cls(pa.Table.from_pylist(trees, schema=_ROW_SCHEMA))
 
+    @classmethod
+    def concat(cls, lists: Sequence["ShardList"]) -> "ShardList":
+        """The rows of some lists, behind one another."""
+        return cls(pa.concat_tables([_ROW_SCHEMA.empty_table(), *(each._whole() for each in lists)]))
+
     def __len__(self) -> int:
         return int(self._table.num_rows) if self._chosen is None else len(self._chosen)
 
@@ -191,6 +198,11 @@ class ShardList:
         values = np.frombuffer(array.buffers()[buffer], dtype, len(array), array.offset * dtype.itemsize)
         return values if self._chosen is None else values[self._chosen]
 
+    def paths(self) -> list[str]:
+        """The column of paths."""
+        found: list[str] = self._whole().column("path").to_pylist()
+        return found
+
     def held_out(self) -> npt.NDArray[np.bool_]:
         """Which rows are of the validation split: bool [rows]."""
         # The first letters of the strings, since comparing strings would import pyarrow.compute: 170 ms.
@@ -202,11 +214,22 @@ class ShardList:
 
     def where(self, mask: npt.NDArray[np.bool_]) -> "ShardList":
         """The rows of a mask, bool [rows]."""
-        if mask.all():
-            return self
+        return self if mask.all() else self.take(np.flatnonzero(mask))
+
+    def take(self, indices: npt.NDArray[np.int64]) -> "ShardList":
+        """Some rows, in the order of the indices, int64 [N]."""
         # Not Table.take, which would import pyarrow.compute too.
-        chosen = np.flatnonzero(mask)
-        return ShardList(self._table, chosen if self._chosen is None else self._chosen[chosen])
+        return ShardList(self._table, indices if self._chosen is None else self._chosen[indices])
+
+    def replaced(self, **columns: Any) -> "ShardList":
+        """The rows with other values in some columns: a value a row, or one value for all."""
+        table = self._whole()
+        for name, values in columns.items():
+            position, kind = _ROW_SCHEMA.get_field_index(name), _ROW_SCHEMA.field(name)
+            if np.isscalar(values):
+                values = np.full(len(self), values)
+            table = table.set_column(position, kind, pa.array(values, kind.type))
+        return ShardList(table)
 
     def at(self, generation: int, since: int = 0) -> "ShardList":
         """The rows of a generation; with `since` only those of them that came after that earlier generation."""
@@ -220,9 +243,7 @@ class ShardList:
         """
         kept = self.where(self.numbers("added") <= generation)
         removed = kept.numbers("removed")
-        column = pa.array(np.where(removed > generation, 0, removed).astype(np.int32))
-        position = _ROW_SCHEMA.get_field_index("removed")
-        return ShardList(kept._whole().set_column(position, _ROW_SCHEMA.field(position), column))
+        return kept.replaced(removed=np.where(removed > generation, 0, removed))
 
     def split(self, split: Split) -> "ShardList":
         """The rows of one split."""
@@ -325,13 +346,27 @@ def read_inputs(folder: Path, generation: int) -> tuple[InputFile, ...]:
     return tuple(row for row in rows if row.generation <= generation)
 
 
-def read_removed(folder: Path, generation: int) -> Hashes:
-    """The hashes of documents that were removed on request up to a generation: uint64 [N], sorted."""
+@dataclasses.dataclass(frozen=True)
+class Removed:
+    """Documents that were removed on request: the rows of removed.arrow, as columns [N]."""
+
+    hashes: Hashes = dataclasses.field(default_factory=lambda: np.empty(0, np.uint64))
+    generations: npt.NDArray[np.int32] = dataclasses.field(default_factory=lambda: np.empty(0, np.int32))
+
+    def and_also(self, hashes: Hashes, generation: int) -> "Removed":
+        """These, and behind them those that are absent from a generation on."""
+        numbers = np.full(len(hashes), generation, np.int32)
+        return Removed(np.concatenate([self.hashes, hashes]), np.concatenate([self.generations, numbers]))
+
+
+def read_removed(folder: Path, generation: int) -> Removed:
+    """The documents that were removed on request up to a generation. DataError if removed.arrow is damaged."""
     if not (folder / REMOVED).exists():
-        return np.empty(0, np.uint64)
+        return Removed()
     table = _parse(_content(folder / REMOVED), _REMOVED_SCHEMA, folder / REMOVED, "the list of removed documents")
-    hashes = np.array(table.column("hash").to_pylist(), np.uint64)
-    return np.unique(hashes[np.array(table.column("generation").to_pylist(), np.int32) <= generation])
+    numbers = np.array(table.column("generation").to_pylist(), np.int32)
+    kept = numbers <= generation
+    return Removed(np.array(table.column("hash").to_pylist(), np.uint64)[kept], numbers[kept])
 
 
 def _content(file: Path) -> bytes | None:
@@ -367,19 +402,18 @@ def publish_manifest(
     manifest: Manifest,
     shards: ShardList,
     inputs: Sequence[InputFile],
-    removed: Sequence[tuple[int, int]] = (),
+    removed: Removed | None = None,
 ) -> None:
     """Publishes the lists, then the manifest that counts them: a reader sees the old state or the new.
 
-    shards, inputs: all rows, those of earlier generations first. removed: (hash, generation) of every document that was
-    removed on request; the file is left out where there is none.
+    shards, inputs, removed: all rows, those of earlier generations first; without a removed document that file is left
+    out.
     """
     trees = [{**vars(each), "sha256": bytes.fromhex(each.sha256)} for each in inputs]
     trees = [{name: tree[name] for name in _INPUT_SCHEMA.names} for tree in trees]
     publish_bytes(folder / INPUTS, _dump(pa.Table.from_pylist(trees, schema=_INPUT_SCHEMA)), "the list of inputs")
-    if removed:
-        pairs = [{"hash": value, "generation": generation} for value, generation in removed]
-        table = pa.Table.from_pylist(pairs, schema=_REMOVED_SCHEMA)
+    if removed is not None and len(removed.hashes):
+        table = pa.table([pa.array(removed.hashes), pa.array(removed.generations)], schema=_REMOVED_SCHEMA)
         publish_bytes(folder / REMOVED, _dump(table), "the list of removed documents")
     publish_bytes(folder / SHARDS, shards.dump(), "the list of shards")
     content: Any = _MANIFEST.dump_json(manifest, indent=2)

@@ -2,13 +2,19 @@
 
     prepare(["raw/"], tokenizer=load_tokenizer("tokenizer.model"), out="data/english")
 
-The inputs are cut into blocks (data/documents.py); a block becomes at most one train and one validation shard, written
-by whichever worker has it; only counts come back. What a block becomes depends on nothing but its lines, the
-tokenizer and the settings, so the folder's bytes do not depend on the number of workers.
+The inputs are cut into portions by their files' sizes (data/portions.py), and these into blocks (data/documents.py); a
+block becomes at most one train and one validation shard, written by whichever worker has it; only counts come back.
+What a block becomes depends on nothing but its lines, the tokenizer and the settings, so the folder's bytes depend
+neither on the number of workers nor on the number of tasks.
+
+On many machines each does a task, a share of the portions, and one of them merges at the end (data/tasks.py):
+
+    prepare(["raw/"], tokenizer=..., out="data/english", task=(3, 8))     # --task 3/8
+    merge("data/english")                                                 # megacl data merge data/english
 
 Until the end everything lies in OUT/.prepare, and the same command goes on after an interruption (data/blocks.py). At
-the end the shards move to OUT, and shards.arrow and manifest.json follow: a new generation, while readers of the
-earlier ones see no change.
+the end the shards move to OUT, and shards.arrow and manifest.json follow (data/generations.py): a new generation, while
+readers of the earlier ones see no change.
 
 Held out for validation are the documents whose BLAKE2b hash (8 bytes of it, as a fraction of 2^64) lies below
 `validation`: a function of the raw text alone, the same under every tokenizer, and copies of a document stay together.
@@ -16,51 +22,62 @@ Held out for validation are the documents whose BLAKE2b hash (8 bytes of it, as 
 Memory: at most 0.5 GB for each worker and a few blocks for the parent, whatever the size of the inputs.
 """
 
-import contextlib
 import os
-import re
-import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from megacl.data.blocks import Done, Recipe, prepare_blocks
-from megacl.data.documents import BLOCK_BYTES, Inputs, cut_blocks, find_inputs, identify
+from megacl.data.blocks import Recipe
+from megacl.data.documents import BLOCK_BYTES, RawFile, find_inputs, identify, refuse_twice
+from megacl.data.generations import (
+    PREPARE_WORK,
+    SHARD_NAME,
+    Change,
+    FolderState,
+    clear_work,
+    finish_interrupted,
+    is_interrupted,
+    open_state,
+    publish_generation,
+)
 from megacl.data.manifest import (
-    FORMAT,
     MANIFEST,
-    VERSION,
     Generation,
     InputFile,
-    Manifest,
     ShardList,
-    ShardRow,
     TokenizerRecord,
     Totals,
-    publish_manifest,
+    no_manifest,
     read_inputs,
-    read_manifest,
-    read_shards,
 )
 from megacl.data.shards import token_dtype
-from megacl.data.tokenizer import Tokenizer
+from megacl.data.tasks import (
+    COMMAND_FOLDER,
+    Command,
+    TaskRecord,
+    begin_command,
+    digest_of_files,
+    files_of_task,
+    folder_of_task,
+    gather_tasks,
+    read_command,
+    read_task,
+    run_task,
+)
+from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.errors import ConfigError, DataError
-from megacl.publish import alone_in, disk_errors, flush_folder
+from megacl.publish import alone_in, among_others_in, disk_errors
 
 MIN_HELD_OUT = 20
 """Held-out documents below which a validation loss says little."""
 
-_WORK_FOLDER = ".prepare"
-_SHARD_NAME = re.compile(r"(train|validation)-\d{5,}\.arrow")
-
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What a call of `prepare` added to a data folder."""
+    """What a call of `prepare` or `merge` added to a data folder, or what a task has ready for it."""
 
-    generation: int
+    generation: int | None  # None: a task, which publishes nothing
     documents: int  # held-out ones included
     tokens: int
     text_bytes: int
@@ -80,6 +97,7 @@ def prepare(
     validation: float = 0.01,
     field: str = "text",
     skip_bad: bool = False,
+    task: tuple[int, int] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     block_bytes: int = BLOCK_BYTES,
@@ -89,44 +107,80 @@ def prepare(
     inputs: .jsonl, .jsonl.gz, .jsonl.zst files and folders of these, in which files of other kinds are
     passed over and named in the report. source: a name for the data; the folder's by
     default. validation: the part of the documents to hold out, in [0, 1). field: where a line has its text.
-    skip_bad: leave out lines without a document, and count them, instead of stopping. workers: processes; by default
+    skip_bad: leave out lines without a document, and count them, instead of stopping. task: (I, N) does share I of N,
+    counted from 1, and publishes nothing; it may run while other tasks of the same command do, and `merge` publishes
+    what all of them did. workers: processes; by default
     one for each core that this process may use. progress: called with the bytes of input done and in all.
     block_bytes: input that becomes one shard. A command that has been carried out already does nothing; input files are
     known by their whole content, under any name, which is read once for that before all else.
 
-    ConfigError: validation or workers out of range, source or field not UTF-8. DataError: the inputs, a line of them,
-    the folder or the disk; fewer than 20 held-out documents in the whole folder. LaunchError: a worker was killed.
-    Nothing is published then.
+    ConfigError: validation, task or workers out of range, source or field not UTF-8. DataError: the inputs, a line of
+    them, the folder or the disk; fewer than 20 held-out documents in the whole folder. LaunchError: a worker was
+    killed. Nothing is published then.
     """
     begun = time.monotonic()
     if not 0 <= validation < 1:
         raise ConfigError(f"validation is {validation}; it must lie in [0, 1). It is the part of documents held out.")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers is {workers}; it must be 1 or more. It is the number of processes.")
-    folder = Path(out)
+    number, tasks = task or (1, 1)
+    if not 1 <= number <= tasks:
+        raise ConfigError(f"task is {number}/{tasks}; it must be I/N, with I from 1 to N. It is the share to do.")
+    folder, work = Path(out), Path(out) / PREPARE_WORK
     found = find_inputs(inputs)
     workers = workers or _cores()
     recipe = Recipe(tokenizer.file, tokenizer.fingerprint, validation, field, skip_bad)
-    with alone_in(folder, "another prepare"):
-        manifest = _open_folder(folder, tokenizer, source, validation)
-        source = manifest.source if manifest else source or folder.resolve().name
+    with among_others_in(folder, "a prepare or merge") if task else alone_in(folder, "another prepare"):
+        if not task:
+            finish_interrupted(folder)
+        elif is_interrupted(folder):
+            raise DataError(f"{folder}: a merge was interrupted there. Run `megacl data merge {folder}` first.")
+        state = _open_folder(folder, tokenizer, source, validation)
+        source = state.source if state.number else source or folder.resolve().name
         _check_recordable(source=source, field=field)
-        files = identify(found.files, workers)
-        if manifest and (made := _made_already(folder, manifest, files, field)):
-            _clear_work(folder)
-            return _report(manifest, made, found, time.monotonic() - begun)
-        total = sum(file.size for file in files)
-        done = prepare_blocks(
-            cut_blocks(found.files, block_bytes),
-            files,
-            recipe,
-            folder / _WORK_FOLDER,
-            workers,
-            progress and (lambda bytes_done: progress(bytes_done, total)),
+        command = Command(
+            tasks=tasks,
+            source=source,
+            tokenizer_file=tokenizer.file_name,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            validation=validation,
+            settings={"field": field},
+            skip_bad=skip_bad,
+            block_bytes=block_bytes,
+            inputs=digest_of_files(found.files),
+            passed_over=found.passed_over,
         )
-        manifest = _publish(folder, manifest, done, files, recipe, tokenizer, source)
-        _clear_work(folder)
-    return _report(manifest, manifest.generations[-1], found, time.monotonic() - begun)
+        done = _do_task(command, found.files, recipe, state, tokenizer, number, workers, progress)
+        if task and not isinstance(done, Generation):
+            return _report_of_task(*done, found.passed_over, time.monotonic() - begun)
+        made = done if isinstance(done, Generation) else _publish(command, state, work)
+        if not task:
+            clear_work(work)
+    return _report_of_generation(made, state, found.passed_over, time.monotonic() - begun)
+
+
+def merge(out: str | Path) -> PrepareReport:
+    """Publishes what the tasks of a command have done, as `prepare` without a task would have.
+
+    Does nothing where no task waits, and reports the newest generation. DataError: a task is not done, an input changed
+    since its task read it, and all that `prepare` finds at its end; nothing is published then.
+    """
+    begun = time.monotonic()
+    folder, work = Path(out), Path(out) / PREPARE_WORK
+    if not folder.is_dir():
+        raise no_manifest(folder)
+    with alone_in(folder, "a prepare"):
+        finish_interrupted(folder)
+        command = read_command(work)
+        if command is None:
+            state = open_state(folder)
+            made = state.generations[-1]
+        else:
+            tokenizer = load_tokenizer(work / COMMAND_FOLDER / command.tokenizer_file)
+            state = _open_folder(folder, tokenizer, command.source, command.validation)
+            made = _publish(command, state, work)
+            clear_work(work)
+    return _report_of_generation(made, state, command.passed_over if command else (), time.monotonic() - begun)
 
 
 def _check_recordable(**settings: str) -> None:
@@ -144,173 +198,196 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _report(manifest: Manifest, state: Generation, found: Inputs, seconds: float) -> PrepareReport:
-    """What a generation added."""
+def _report_of_generation(
+    made: Generation, state: FolderState, passed_over: tuple[str, ...], seconds: float
+) -> PrepareReport:
+    """What a generation added to the one before it. state: the folder at that one or later."""
     zero = Totals(documents=0, tokens=0, text_bytes=0)
-    before = manifest.generations[state.generation - 2] if state.generation > 1 else None
+    before = state.generations[made.generation - 2] if made.generation > 1 else None
     train_before, held_out_before = (before.train, before.validation) if before else (zero, zero)
-    train, held_out = state.train, state.validation
+    train, held_out = made.train, made.validation
     return PrepareReport(
-        generation=state.generation,
+        generation=made.generation,
         documents=train.documents + held_out.documents - train_before.documents - held_out_before.documents,
         tokens=train.tokens + held_out.tokens - train_before.tokens - held_out_before.tokens,
         text_bytes=train.text_bytes + held_out.text_bytes - train_before.text_bytes - held_out_before.text_bytes,
         held_out=held_out.documents - held_out_before.documents,
-        bad_lines=state.bad_lines,
-        empty_documents=state.empty_documents,
-        passed_over=found.passed_over,
+        bad_lines=made.bad_lines,
+        empty_documents=made.empty_documents,
+        passed_over=passed_over,
         seconds=seconds,
+    )
+
+
+def _report_of_task(
+    record: TaskRecord, shards: ShardList, passed_over: tuple[str, ...], seconds: float
+) -> PrepareReport:
+    train, held_out = shards.totals("train"), shards.totals("validation")
+    return PrepareReport(
+        generation=None,
+        documents=train.documents + held_out.documents,
+        tokens=train.tokens + held_out.tokens,
+        text_bytes=train.text_bytes + held_out.text_bytes,
+        held_out=held_out.documents,
+        bad_lines=record.bad_lines,
+        empty_documents=record.empty_documents,
+        passed_over=passed_over,
+        seconds=seconds,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the work
+
+
+def _do_task(
+    command: Command,
+    files: Sequence[RawFile],
+    recipe: Recipe,
+    state: FolderState,
+    tokenizer: Tokenizer,
+    number: int,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[TaskRecord, ShardList] | Generation:
+    """Does a task, or finds it done; the generation that holds its inputs, if one does already."""
+    work = state.folder / PREPARE_WORK
+    portions = files_of_task(command, files, number)
+    own = [file for portion in portions.values() for file in portion]
+    total = sum(file.size for file in own)
+    done = read_task(command, work, number)
+    if done and not done[0].changed_file():
+        begin_command(command, tokenizer, work)
+        return done
+    inputs = identify(own, workers)
+    if made := _made_already(state, inputs, command):
+        return made
+    with disk_errors(work, "the work folder"):
+        work.mkdir(exist_ok=True)
+        if command.tasks == 1:  # else other tasks may be writing there
+            for file in work.glob(".*.tmp"):
+                file.unlink()  # what a killed worker was writing
+    begin_command(command, tokenizer, work)
+    report = None if progress is None else lambda bytes_done: progress(bytes_done, total)
+    with alone_in(folder_of_task(work, number, command.tasks), "the same task"):
+        return run_task(command, portions, inputs, recipe, work, number, workers, report)
+
+
+def _publish(command: Command, state: FolderState, work: Path) -> Generation:
+    """Publishes what all tasks have done, or finds the generation that holds it already."""
+    done = gather_tasks(command, work)
+    refuse_twice(done.inputs)
+    if made := _made_already(state, done.inputs, command):
+        return made
+    if not len(done.shards):
+        raise DataError(
+            f"{done.inputs[0].name}{' and the other inputs' if len(done.inputs) > 1 else ''}: no documents in there "
+            f"({done.bad_lines} bad lines, {done.empty_documents} documents without text). Check the files and --field."
+        )
+    _check_held_out(state, done.shards)
+    load_tokenizer(work / COMMAND_FOLDER / command.tokenizer_file).save(state.folder)
+    return publish_generation(
+        state,
+        work,
+        Change(
+            made_by="prepare",
+            settings=command.settings,
+            added=done.shards,
+            inputs=done.inputs,
+            bad_lines=done.bad_lines,
+            empty_documents=done.empty_documents,
+        ),
     )
 
 
 # ---------------------------------------------------------------------------------------------- the data folder
 
 
-def _open_folder(folder: Path, tokenizer: Tokenizer, source: str | None, validation: float) -> Manifest | None:
-    """The folder's manifest, None if it has none yet; DataError if more data prepared like this cannot join it."""
+def _open_folder(folder: Path, tokenizer: Tokenizer, source: str | None, validation: float) -> FolderState:
+    """The folder's state; DataError if more data prepared like this cannot join it."""
     if not (folder / MANIFEST).exists():
-        shards = [name for name in os.listdir(folder) if _SHARD_NAME.fullmatch(name)]
-        if shards and not (folder / _WORK_FOLDER).exists():
+        shards = [name for name in os.listdir(folder) if SHARD_NAME.fullmatch(name)]
+        if shards and not (folder / PREPARE_WORK).exists():
             raise DataError(
                 f"{folder}: it holds shards such as {shards[0]} but no {MANIFEST}. Restore that, or name another "
                 "folder with --out."
             )
-        return None
-    manifest = read_manifest(folder)
-    if manifest.tokenizer.fingerprint != tokenizer.fingerprint:
+        return FolderState(
+            folder=folder,
+            source=source or folder.resolve().name,
+            dtype=token_dtype(tokenizer.vocab_size),
+            tokenizer=TokenizerRecord(
+                file=tokenizer.file_name,
+                fingerprint=tokenizer.fingerprint,
+                vocab_size=tokenizer.vocab_size,
+                eos_id=tokenizer.eos_id,
+            ),
+            validation=validation,
+            generations=(),
+            shards=ShardList.concat([]),
+        )
+    state = open_state(folder)
+    if state.tokenizer.fingerprint != tokenizer.fingerprint:
         raise DataError(
             f"{folder}: its shards were made with another tokenizer than {tokenizer.file}. Give the folder's own, "
-            f"--tokenizer {folder / manifest.tokenizer.file}, or name another folder with --out."
+            f"--tokenizer {folder / state.tokenizer.file}, or name another folder with --out."
         )
-    if manifest.validation != validation:
+    if state.validation != validation:
         raise DataError(
-            f"{folder}: it was prepared with --validation {manifest.validation}, not {validation}. Give the same, or "
+            f"{folder}: it was prepared with --validation {state.validation}, not {validation}. Give the same, or "
             "name another folder with --out."
         )
-    if source is not None and manifest.source != source:
+    if source is not None and state.source != source:
         raise DataError(
-            f"{folder}: its source is called {manifest.source!r}, not {source!r}. Give the same name, or name another "
+            f"{folder}: its source is called {state.source!r}, not {source!r}. Give the same name, or name another "
             "folder with --out."
         )
-    return manifest
+    return state
 
 
-def _made_already(folder: Path, manifest: Manifest, files: Sequence[InputFile], field: str) -> Generation | None:
+def _made_already(state: FolderState, files: Sequence[InputFile], command: Command) -> Generation | None:
     """The generation that this command would make, if there is one; DataError if the folder holds some of the files.
 
-    Files are known by their content, so that of a second name, a copy or a new date no document comes in twice. Nor
-    does one of a file that grew or was mended since: a name that the folder has with other content is refused too.
+    files: all of the command's, or those of one of its tasks. Files are known by their content, so that of a second
+    name, a copy or a new date no document comes in twice. Nor does one of a file that grew or was mended since: a name
+    that the folder has with other content is refused too.
     """
+    if not state.number or not files:
+        return None
     contents = [file.sha256 for file in files]
-    inputs = read_inputs(folder, len(manifest.generations))
-    for state in manifest.generations:
-        own = [each.sha256 for each in inputs if each.generation == state.generation]
-        if own == contents and state.settings["field"] == field:
-            return state
+    inputs = read_inputs(state.folder, state.number)
+    for generation in state.generations:
+        own = [each.sha256 for each in inputs if each.generation == generation.generation]
+        same = own == contents if command.tasks == 1 else set(contents) <= set(own)
+        if same and generation.settings == command.settings:
+            return generation
     held = {each.sha256: (each.generation, each.name) for each in inputs}
     names = {os.path.abspath(each.name): each.generation for each in inputs}
     for file in files:  # before those that are held: "leave it out" is no answer to who gives all files again
         name = os.path.abspath(file.name)
         if name in names and file.sha256 not in held:
             raise DataError(
-                f"{file.name}: generation {names[name]} of {folder} holds a file of this name with other content. Put "
-                "only the new documents into a file with a name of its own, or prepare into a new folder with --out."
+                f"{file.name}: generation {names[name]} of {state.folder} holds a file of this name with other "
+                "content. Put only the new documents into a file with a name of its own, or prepare into a new folder "
+                "with --out."
             )
     for file in files:
         if file.sha256 in held:
-            generation, name = held[file.sha256]
+            number, name = held[file.sha256]
             alias = "" if name == file.name else f", as {name}"
             raise DataError(
-                f"{folder}: generation {generation} holds {file.name} already{alias}. Leave it out, or name another "
+                f"{state.folder}: generation {number} holds {file.name} already{alias}. Leave it out, or name another "
                 "folder with --out."
             )
     return None
 
 
-def _clear_work(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder / _WORK_FOLDER)
-
-
-def _publish(
-    folder: Path,
-    manifest: Manifest | None,
-    done: Sequence[Done],
-    files: Sequence[InputFile],
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    source: str,
-) -> Manifest:
-    """Moves the shards out of the work folder and publishes the generation that they make."""
-    generations = manifest.generations if manifest else ()
-    number = len(generations) + 1
-    held = list(read_shards(folder).until(number - 1)) if generations else []
-    added = [row for each in done for row in each.rows]
-    bad_lines, empty = sum(each.bad_lines for each in done), sum(each.empty_documents for each in done)
-    if not added:
+def _check_held_out(state: FolderState, added: ShardList) -> None:
+    shards = ShardList.concat([state.current(), added])
+    found = shards.totals("validation").documents
+    documents = found + shards.totals("train").documents
+    if state.validation > 0 and found < MIN_HELD_OUT:
         raise DataError(
-            f"{files[0].name}{' and the other inputs' if len(files) > 1 else ''}: no documents in there "
-            f"({bad_lines} bad lines, {empty} documents without text). Check the files and --field."
-        )
-    _check_held_out(folder, [*held, *added], recipe.validation)
-    shards = ShardList.of_rows([*held, *_move_shards(folder, held, added, number)])
-    dtype = token_dtype(tokenizer.vocab_size)
-    rows = shards.at(number)
-    state = Generation(
-        generation=number,
-        shards=len(rows),
-        train=rows.totals("train"),
-        validation=rows.totals("validation"),
-        fingerprint=rows.fingerprint(tokenizer.fingerprint, dtype),
-        made_by="prepare",
-        settings={"field": recipe.field},
-        bad_lines=bad_lines,
-        empty_documents=empty,
-    )
-    record = TokenizerRecord(
-        file=tokenizer.save(folder).name,
-        fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-    )
-    published = Manifest(
-        format=FORMAT,
-        version=VERSION,
-        source=source,
-        dtype=dtype,
-        tokenizer=record,
-        validation=recipe.validation,
-        generations=(*generations, state),
-    )
-    inputs = read_inputs(folder, number - 1) if generations else ()
-    publish_manifest(folder, published, shards, [*inputs, *(replace(each, generation=number) for each in files)])
-    return published
-
-
-def _check_held_out(folder: Path, rows: Sequence[ShardRow], validation: float) -> None:
-    found = sum(row.documents for row in rows if row.split == "validation")
-    documents = sum(row.documents for row in rows)
-    if validation > 0 and found < MIN_HELD_OUT:
-        raise DataError(
-            f"{folder}: {found} of {documents} documents are held out at --validation {validation:g}, and a "
-            f"validation loss needs {MIN_HELD_OUT} or more. Give a larger fraction or more documents, or "
+            f"{state.folder}: {found} of {documents} documents are held out at --validation {state.validation:g}, and "
+            f"a validation loss needs {MIN_HELD_OUT} or more. Give a larger fraction or more documents, or "
             "--validation 0 to hold out none."
         )
-
-
-def _move_shards(folder: Path, held: Sequence[ShardRow], added: Sequence[ShardRow], generation: int) -> list[ShardRow]:
-    """Moves the added shards from the work folder to their places behind those held, and returns their new rows."""
-    counts = Counter(row.split for row in held)
-    moved = []
-    for row in added:
-        moved.append(replace(row, path=f"{row.split}-{counts[row.split]:05d}.arrow", added=generation))
-        counts[row.split] += 1
-    listed = {row.path for row in (*held, *moved)}
-    with disk_errors(folder, "the shards"):
-        for before, after in zip(added, moved, strict=True):
-            os.replace(folder / _WORK_FOLDER / before.path, folder / after.path)
-        for name in os.listdir(folder):
-            if _SHARD_NAME.fullmatch(name) and name not in listed:
-                os.unlink(folder / name)  # moved here by a command that was killed before it published its manifest
-        flush_folder(folder)
-    return moved

@@ -1,0 +1,216 @@
+"""The next generation of a data folder: how it is put together, and published so that a kill in between does no harm.
+
+    state = open_state(Path("data/english"))
+    publish_generation(state, work, Change(made_by="prepare", settings={}, added=rows))
+
+Everything that the folder is to become is written to WORK/next first: the new lists, the new manifest, and which files
+move where. From then on the generation has happened: whichever command comes next finishes it, however often it is
+killed. Moving is renaming, a few microseconds a shard.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megacl.data.manifest import (
+    FORMAT,
+    INPUTS,
+    MANIFEST,
+    REMOVED,
+    SHARDS,
+    VERSION,
+    DTypeName,
+    Generation,
+    Hashes,
+    InputFile,
+    MadeBy,
+    Manifest,
+    ShardList,
+    Split,
+    TokenizerRecord,
+    parse_manifest,
+    parse_shards,
+    publish_manifest,
+    read_inputs,
+    read_manifest,
+    read_removed,
+    read_shards,
+)
+from megacl.errors import DataError
+from megacl.publish import disk_errors, flush_folder, publish_folder, publish_text
+
+PREPARE_WORK, CHANGE_WORK = ".prepare", ".change"
+"""Work folders in a data folder: of prepare and its tasks, and of commands that change what is there."""
+
+SHARD_NAME = re.compile(r"(train|validation)-\d{5,}\.arrow")
+_NEXT, _MOVES = "next", "moves.json"
+
+
+@dataclass(frozen=True)
+class FolderState:
+    """A data folder as it stands: what its next generation builds on."""
+
+    folder: Path
+    source: str
+    dtype: DTypeName
+    tokenizer: TokenizerRecord
+    validation: float
+    generations: tuple[Generation, ...]
+    shards: ShardList
+    """The rows of all generations, those that went included."""
+
+    @property
+    def number(self) -> int:
+        """The newest generation; 0 where there is none."""
+        return len(self.generations)
+
+    def current(self) -> ShardList:
+        """The rows of the newest generation."""
+        return self.shards.at(self.number)
+
+    def manifest(self, *more: Generation) -> Manifest:
+        """The content of manifest.json with more generations."""
+        return Manifest(
+            format=FORMAT,
+            version=VERSION,
+            source=self.source,
+            dtype=self.dtype,
+            tokenizer=self.tokenizer,
+            validation=self.validation,
+            generations=(*self.generations, *more),
+        )
+
+
+def open_state(folder: Path) -> FolderState:
+    """The state of a folder that has a manifest. DataError if a file of it is missing or damaged."""
+    manifest = read_manifest(folder)
+    return FolderState(
+        folder=folder,
+        source=manifest.source,
+        dtype=manifest.dtype,
+        tokenizer=manifest.tokenizer,
+        validation=manifest.validation,
+        generations=manifest.generations,
+        shards=read_shards(folder).until(len(manifest.generations)),
+    )
+
+
+@dataclass(frozen=True)
+class Change:
+    """What makes the next generation out of the newest one."""
+
+    made_by: MadeBy
+    settings: Mapping[str, str | int | float | bool]
+    added: ShardList
+    """Shards that come, in order, their paths relative to the work folder."""
+    going: npt.NDArray[np.bool_] | None = None
+    """Which rows of the folder go: bool [rows of all generations]; None: none does."""
+    inputs: Sequence[InputFile] = ()
+    removed: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
+    """Documents that are never to come back."""
+    bad_lines: int = 0
+    empty_documents: int = 0
+    removed_documents: int = 0
+
+
+def publish_generation(state: FolderState, work: Path, change: Change) -> Generation:
+    """Publishes the generation that a change makes, and clears the work folder. DataError if the disk refuses."""
+    number = state.number + 1
+    held = state.shards
+    if change.going is not None:
+        held = held.replaced(removed=np.where(change.going, number, held.numbers("removed")))
+    added = change.added.replaced(path=_new_names(held, change.added), added=number, removed=0)
+    shards = ShardList.concat([held, added])
+    rows = shards.at(number)
+    generation = Generation(
+        generation=number,
+        shards=len(rows),
+        train=rows.totals("train"),
+        validation=rows.totals("validation"),
+        fingerprint=rows.fingerprint(state.tokenizer.fingerprint, state.dtype),
+        made_by=change.made_by,
+        settings=dict(change.settings),
+        bad_lines=change.bad_lines,
+        empty_documents=change.empty_documents,
+        removed_documents=change.removed_documents,
+    )
+    inputs = read_inputs(state.folder, state.number) if state.number else ()
+    removed = read_removed(state.folder, state.number).and_also(change.removed, number)
+    with publish_folder(work / _NEXT, "the next generation") as planned:
+        new_inputs = (replace(each, generation=number) for each in change.inputs)
+        publish_manifest(planned, state.manifest(generation), shards, [*inputs, *new_inputs], removed)
+        moves = {"moves": list(zip(change.added.paths(), added.paths(), strict=True))}
+        publish_text(planned / _MOVES, json.dumps(moves), "the list of moves")
+    _finish(state.folder, work)
+    return generation
+
+
+def _new_names(held: ShardList, added: ShardList) -> list[str]:
+    """Names of the added shards, numbered on from those that the folder has ever had, in each split."""
+    held_out = added.held_out()
+    names = np.empty(len(added), object)
+    splits: tuple[Split, Split] = ("train", "validation")
+    for split, chosen in zip(splits, (~held_out, held_out), strict=True):
+        first = len(held.split(split))
+        names[chosen] = [f"{split}-{first + index:05d}.arrow" for index in range(int(chosen.sum()))]
+    return list(names)
+
+
+def is_interrupted(folder: Path) -> bool:
+    """Whether a command was killed while it published, and what it published is to be finished."""
+    return any((folder / name / _NEXT).exists() for name in (PREPARE_WORK, CHANGE_WORK))
+
+
+def finish_interrupted(folder: Path) -> None:
+    """Publishes what a command that was killed had got as far as publishing; for who is alone in the folder."""
+    for name in (PREPARE_WORK, CHANGE_WORK):
+        if (folder / name / _NEXT).exists():
+            _finish(folder, folder / name)
+
+
+def _finish(folder: Path, work: Path) -> None:
+    """Brings what WORK/next describes about, as far as it is not done yet, and clears the work folder."""
+    planned = work / _NEXT
+    with disk_errors(folder, "the next generation"):
+        if (planned / MANIFEST).exists():
+            _move_shards(folder, work)
+            for name in (INPUTS, REMOVED, SHARDS, MANIFEST):  # the manifest last: it makes the others count
+                with contextlib.suppress(FileNotFoundError):  # moved before a kill
+                    os.replace(planned / name, folder / name)
+                flush_folder(folder)
+        shutil.rmtree(work)
+
+
+def _move_shards(folder: Path, work: Path) -> None:
+    planned = work / _NEXT
+    moves: list[tuple[str, str]] = json.loads((planned / _MOVES).read_bytes())["moves"]
+    for before, after in moves:
+        try:
+            os.replace(work / before, folder / after)
+        except FileNotFoundError:
+            if not (folder / after).exists():  # else it was moved before a kill
+                raise DataError(
+                    f"{work / before}: the shard was to be published as {after}, and is gone. Delete {work} and run "
+                    "the command again."
+                ) from None
+    number = len(parse_manifest((planned / MANIFEST).read_bytes(), planned / MANIFEST).generations)
+    listed = planned / SHARDS if (planned / SHARDS).exists() else folder / SHARDS
+    paths = set(parse_shards(listed.read_bytes(), listed).until(number).paths())
+    for name in os.listdir(folder):
+        if SHARD_NAME.fullmatch(name) and name not in paths:
+            os.unlink(folder / name)  # of a generation that was never published
+    flush_folder(folder)
+
+
+def clear_work(work: Path) -> None:
+    """Deletes a work folder, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(work)
