@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -33,17 +33,30 @@ app.add_typer(data_app, name="data")
 
 GO_ON_LATER = 75
 
+Normalize = Literal["none", "nfc", "nfkc"]
+TextForm = Literal["document", "paragraphs"]
+
 
 @app.command()
 def prepare(
     inputs: Annotated[
-        list[str], typer.Argument(help="JSONL files (.jsonl, .jsonl.gz, .jsonl.zst) or folders of them.")
+        list[str],
+        typer.Argument(
+            help="Files of documents (.jsonl, .txt, also compressed; .parquet, .arrow, Megatron's .bin), folders of "
+            "them, patterns in quotes, or - for standard input."
+        ),
     ],
     tokenizer: Annotated[str, typer.Option(help="SentencePiece .model, Hugging Face tokenizer.json, or a folder.")],
     out: Annotated[Path, typer.Option(help="The data folder to make, or to add a generation to.")],
     source: Annotated[str | None, typer.Option(help="The source's name; by default the folder's.")] = None,
     validation: Annotated[float, typer.Option(help="The part of the documents that is held out.")] = 0.01,
-    field: Annotated[str, typer.Option(help="The key of a document's text.")] = "text",
+    field: Annotated[str, typer.Option(help="The key or column of a document's text, or a path: meta.text.")] = "text",
+    encoding: Annotated[str, typer.Option(help="The encoding of JSON lines and plain text.")] = "utf-8",
+    normalize: Annotated[Normalize, typer.Option(help="Unicode's normal form to bring texts into.")] = "none",
+    text: Annotated[
+        TextForm | None,
+        typer.Option(help="A .txt file is a document, or paragraphs are; of standard input too: plain text, not JSON."),
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count broken lines and go on.")] = False,
     task: Annotated[
         str | None, typer.Option(help="I/N: do share I of N, here or elsewhere; then `megacl data merge OUT`.")
@@ -58,6 +71,7 @@ def prepare(
     from rich.console import Console
     from rich.progress import Progress
 
+    from megacl.data.forms.reading import Reading
     from megacl.data.prepare import prepare as prepare_documents
     from megacl.data.tokenizer import load_tokenizer
 
@@ -71,7 +85,7 @@ def prepare(
                 out=out,
                 source=source,
                 validation=validation,
-                field=field,
+                reading=Reading(field, encoding, normalize, text),
                 skip_bad=skip_bad,
                 task=_share(task) if task else None,
                 workers=workers,

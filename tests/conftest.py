@@ -77,7 +77,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = tmp_path_factory.mktemp("prepared")
     documents = {}
     for language, name in (("english", "english_a"), ("german", "german")):
-        texts = read_documents([str(shipped("examples") / "data" / f"{name}.jsonl.zst")], "text")
+        texts = read_documents([str(shipped("examples") / "data" / f"{name}.jsonl.zst")])
         documents[language] = write_documents(
             folder / f"{language}.jsonl", [text[:700] for _, text in zip(range(160), texts, strict=False)]
         )

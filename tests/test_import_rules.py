@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megacl"
 LEVELS = [
     "megacl errors publish config config_phase configfile data.__init__ model.__init__ model.config",
     "log schedules lineage kernels parallel "
-    "data.manifest data.shards data.verify data.documents data.portions data.workers data.tokenizer data.order",
+    "data.manifest data.shards data.verify data.inputs data.forms data.documents data.megatron data.portions "
+    "data.workers data.tokenizer data.order",
     "data.blocks data.tasks data.generations data.prepare "
     "data.rewrite data.duplicates data.remove data.near data.overview data.export "
     "data.provide data.sequences data.mixture data.replay data.planning data.stream "

@@ -15,13 +15,16 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from megacl.data.documents import Block, read_segment
+from megacl.data.forms import Document
+from megacl.data.forms.reading import Reading
 from megacl.data.manifest import InputFile, ShardRow, Split
 from megacl.data.shards import Tokens, hash_of, held_out_below, join_documents, token_dtype, write_shard
 from megacl.data.tokenizer import load_tokenizer
@@ -39,13 +42,16 @@ class Recipe:
     tokenizer_file: Path
     tokenizer_fingerprint: str
     validation: float
-    field: str
+    reading: Reading
     skip_bad: bool
 
     def key(self, block: Block, contents: Mapping[str, str]) -> str:
         """The name of a block's files in the work folder; contents: the SHA-256 of each input file, by its name."""
-        settings = [self.tokenizer_fingerprint, self.validation, self.field]
-        segments = [[contents[segment.file.name], segment.start, segment.end] for segment in block]
+        settings = [self.tokenizer_fingerprint, self.validation, self.reading.settings]
+        segments = [
+            [contents[segment.file.name], segment.file.form, segment.file.compression, segment.start, segment.end]
+            for segment in block
+        ]
         return hashlib.sha256(json.dumps([settings, segments]).encode()).hexdigest()[:32]
 
 
@@ -128,27 +134,31 @@ class _BlockWriter:
         texts: list[str] = []
         characters = 0
 
+        def add(text: str, ids: npt.NDArray[Any]) -> None:
+            raw = text.encode()
+            code = hash_of(raw)
+            part = parts["validation" if code < self.threshold else "train"]
+            part.tokens.append(np.append(ids, ids.dtype.type(self.tokenizer.eos_id)).astype(self.dtype))
+            part.text_bytes.append(len(raw))
+            part.hashes.append(code)
+
         def encode() -> None:
             for text, ids in zip(texts, self.tokenizer.encode(texts), strict=True):
-                raw = text.encode()
-                code = hash_of(raw)
-                part = parts["validation" if code < self.threshold else "train"]
-                part.tokens.append(np.append(ids, np.uint32(self.tokenizer.eos_id)).astype(self.dtype))
-                part.text_bytes.append(len(raw))
-                part.hashes.append(code)
+                add(text, ids)
             texts.clear()
 
-        for text in chain.from_iterable(
-            read_segment(segment, self.recipe.field, self.recipe.skip_bad) for segment in block
-        ):
-            if not text:
-                bad, empty = bad + (text is None), empty + (text == "")
-                continue
-            texts.append(text)
-            characters += len(text)
-            if characters >= _BATCH_CHARACTERS:
+        for document in self._documents(block):
+            if document is None or len(document) == 0:
+                bad, empty = bad + (document is None), empty + (document is not None)
+            elif isinstance(document, str):
+                texts.append(document)
+                characters += len(document)
+                if characters >= _BATCH_CHARACTERS:
+                    encode()
+                    characters = 0
+            else:  # token ids already: what they say decides as the text of other documents does
                 encode()
-                characters = 0
+                add(self.tokenizer.decode(document), document)
         encode()
 
         rows = tuple(
@@ -163,6 +173,10 @@ class _BlockWriter:
         result = Done(rows, bad, empty, cost=sum(segment.cost for segment in block))
         publish_text(self.work / f"{key}.json", str(_DONE.dump_json(result), "utf-8"), "the result of a block")
         return key, result
+
+    def _documents(self, block: Block) -> Iterator[Document | None]:
+        for segment in block:
+            yield from read_segment(segment, self.recipe.reading, self.recipe.skip_bad, self.tokenizer)
 
 
 def _read_done(work: Path, key: str) -> Done | None:

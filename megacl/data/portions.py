@@ -8,7 +8,7 @@ goes to the task that has least so far, then the next, so that tasks are about e
 import heapq
 from collections.abc import Sequence
 
-from megacl.data.documents import RawFile
+from megacl.data.forms import RawFile
 
 Portion = tuple[RawFile, ...]
 

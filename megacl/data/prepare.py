@@ -29,7 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megacl.data.blocks import Recipe
-from megacl.data.documents import BLOCK_BYTES, RawFile, find_inputs, identify, refuse_twice
+from megacl.data.documents import BLOCK_BYTES
+from megacl.data.forms import RawFile
+from megacl.data.forms.reading import Reading
 from megacl.data.generations import (
     PREPARE_WORK,
     SHARD_NAME,
@@ -41,6 +43,7 @@ from megacl.data.generations import (
     open_state,
     publish_generation,
 )
+from megacl.data.inputs import STANDARD_INPUT, find_inputs, identify, keep_standard_input, refuse_twice
 from megacl.data.manifest import (
     MANIFEST,
     Generation,
@@ -95,7 +98,7 @@ def prepare(
     out: str | Path,
     source: str | None = None,
     validation: float = 0.01,
-    field: str = "text",
+    reading: Reading | None = None,
     skip_bad: bool = False,
     task: tuple[int, int] | None = None,
     workers: int | None = None,
@@ -104,9 +107,10 @@ def prepare(
 ) -> PrepareReport:
     """Tokenizes raw documents into a data folder, as a new generation if the folder has one already.
 
-    inputs: .jsonl, .jsonl.gz, .jsonl.zst files and folders of these, in which files of other kinds are
-    passed over and named in the report. source: a name for the data; the folder's by
-    default. validation: the part of the documents to hold out, in [0, 1). field: where a line has its text.
+    inputs: files of every form that data/forms reads, folders, patterns, "-" for standard input, see data/inputs.py;
+    files of other kinds in folders are passed over and named in the report. source: a name for the data; the folder's
+    by default. validation: the part of the documents to hold out, in [0, 1). reading: where a document has its text,
+    its encoding and normal form; by default the field "text" in UTF-8, as it is.
     skip_bad: leave out lines without a document, and count them, instead of stopping. task: (I, N) does share I of N,
     counted from 1, and publishes nothing; it may run while other tasks of the same command do, and `merge` publishes
     what all of them did. workers: processes; by default
@@ -127,9 +131,12 @@ def prepare(
     if not 1 <= number <= tasks:
         raise ConfigError(f"task is {number}/{tasks}; it must be I/N, with I from 1 to N. It is the share to do.")
     folder, work = Path(out), Path(out) / PREPARE_WORK
-    found = find_inputs(inputs)
+    if task and STANDARD_INPUT in inputs:
+        raise ConfigError("task is for inputs that every task can read, and standard input is not. Write it to a file.")
+    reading = reading or Reading()
+    found = find_inputs(inputs, reading)
     workers = workers or _cores()
-    recipe = Recipe(tokenizer.file, tokenizer.fingerprint, validation, field, skip_bad)
+    recipe = Recipe(tokenizer.file, tokenizer.fingerprint, validation, reading, skip_bad)
     with among_others_in(folder, "a prepare or merge") if task else alone_in(folder, "another prepare"):
         if not task:
             finish_interrupted(folder)
@@ -137,14 +144,15 @@ def prepare(
             raise DataError(f"{folder}: a merge was interrupted there. Run `megacl data merge {folder}` first.")
         state = _open_folder(folder, tokenizer, source, validation)
         source = state.source if state.number else source or folder.resolve().name
-        _check_recordable(source=source, field=field)
+        _check_recordable(source=source, field=reading.field)
+        found = keep_standard_input(found, work)
         command = Command(
             tasks=tasks,
             source=source,
             tokenizer_file=tokenizer.file_name,
             tokenizer_fingerprint=tokenizer.fingerprint,
             validation=validation,
-            settings={"field": field},
+            settings=reading.settings,
             skip_bad=skip_bad,
             block_bytes=block_bytes,
             inputs=digest_of_files(found.files),
@@ -361,7 +369,7 @@ def _made_already(state: FolderState, files: Sequence[InputFile], command: Comma
         if same and generation.settings == command.settings:
             return generation
     held = {each.sha256: (each.generation, each.name) for each in inputs}
-    names = {os.path.abspath(each.name): each.generation for each in inputs}
+    names = {os.path.abspath(each.name): each.generation for each in inputs if each.name != STANDARD_INPUT}
     for file in files:  # before those that are held: "leave it out" is no answer to who gives all files again
         name = os.path.abspath(file.name)
         if name in names and file.sha256 not in held:

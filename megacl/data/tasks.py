@@ -19,7 +19,8 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from megacl.data.blocks import Recipe, prepare_blocks
-from megacl.data.documents import Block, RawFile, cut_blocks
+from megacl.data.documents import Block, cut_blocks
+from megacl.data.forms import RawFile, measure
 from megacl.data.manifest import SHARDS, InputFile, ShardList, parse_shards
 from megacl.data.portions import cut_portions, portions_of_task
 from megacl.data.tokenizer import Tokenizer
@@ -65,7 +66,7 @@ class TaskFile:
 
     portion: int
     name: str
-    path: str  # absolute, so that a merge may run in another folder
+    paths: tuple[str, ...]  # absolute, so that a merge may run in another folder
     size: int
     modified_ns: int
     sha256: str
@@ -85,10 +86,10 @@ class TaskRecord:
         """The name of a file that is not what the task read any more, by its size and time of change, or None."""
         for file in self.files:
             try:
-                facts = os.stat(file.path)
+                changed = measure(file.paths) != (file.size, file.modified_ns)
             except OSError:
-                return file.name
-            if (facts.st_size, facts.st_mtime_ns) != (file.size, file.modified_ns):
+                changed = True
+            if changed:
                 return file.name
         return None
 
@@ -153,7 +154,7 @@ def run_task(
 
     def cut() -> Iterator[Block]:
         for number, portion in portions.items():
-            for block in cut_blocks(portion, command.block_bytes):
+            for block in cut_blocks(portion, recipe.reading, command.block_bytes):
                 blocks[number] += 1
                 yield block
 
@@ -166,7 +167,14 @@ def run_task(
     record = TaskRecord(
         command=command.digest,
         files=tuple(
-            TaskFile(number, file.name, os.path.abspath(file.name), file.size, file.modified_ns, known.sha256)
+            TaskFile(
+                number,
+                file.name,
+                tuple(map(os.path.abspath, file.paths)),
+                file.size,
+                file.modified_ns,
+                known.sha256,
+            )
             for (number, file), known in zip(numbered, inputs, strict=True)
         ),
         portions=tuple(rows.items()),

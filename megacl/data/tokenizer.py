@@ -24,6 +24,7 @@ import numpy.typing as npt
 import sentencepiece
 
 from megacl.data.documents import read_documents
+from megacl.data.forms.reading import Reading
 from megacl.errors import DataError
 from megacl.publish import disk_errors, publish_bytes, publish_text, sha256_of
 
@@ -272,7 +273,7 @@ def train_tokenizer(
     """
     if out.suffix != ".model":
         raise DataError(f"{out}: the name of a SentencePiece model must end with .model.")
-    lines = _TrainingLines(read_documents(inputs, field))
+    lines = _TrainingLines(read_documents(inputs, Reading(field=field)))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

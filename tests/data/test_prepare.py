@@ -18,7 +18,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacl.data.documents import cut_blocks, find_inputs, identify, read_documents, read_segment
+from megacl.data.documents import cut_blocks, read_documents, read_segment
+from megacl.data.forms.reading import Reading
+from megacl.data.inputs import find_inputs, identify
 from megacl.data.manifest import InputFile, read_inputs
 from megacl.data.prepare import prepare
 from megacl.data.shards import Source, open_source
@@ -154,12 +156,12 @@ def test_a_folder_is_searched_behind_links_and_every_folder_once(tmp_path):
     (raw / "z").symlink_to(elsewhere)
     (raw / "b" / "circle").symlink_to(raw)
     (raw / "e.jsonl").symlink_to(write_lines(tmp_path / "e.jsonl", ["e"]))
-    for name in ("UP.JSONL", "c/notes.txt"):
+    for name in ("UP.JSONL", "c/notes.md"):
         (raw / name).touch()
-    found = find_inputs([str(raw)])
+    found = find_inputs([str(raw)], Reading())
     names = ["a.jsonl", "b/x.jsonl", "c/d.jsonl", "c/deep/x.jsonl", "e.jsonl"]
     assert [file.name for file in found.files] == [str(raw / name) for name in names]
-    assert found.passed_over == (str(raw / "UP.JSONL"), str(raw / "c/notes.txt"))
+    assert found.passed_over == (str(raw / "UP.JSONL"), str(raw / "c/notes.md"))
 
 
 def test_a_folder_with_something_that_cannot_be_read_in_it_is_refused(tmp_path):
@@ -168,11 +170,11 @@ def test_a_folder_with_something_that_cannot_be_read_in_it_is_refused(tmp_path):
     for target, reason in (("absent", "No such file or directory"), ("b", "Too many levels of symbolic links")):
         link.symlink_to(target)
         with pytest.raises(DataError, match=rf"/b: a link that leads nowhere \({reason}\)\. Mend or remove the link"):
-            find_inputs([str(tmp_path)])
+            find_inputs([str(tmp_path)], Reading())
         link.unlink()
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match=r"pipe\.jsonl: not a file but a pipe"):
-        find_inputs([str(tmp_path)])
+        find_inputs([str(tmp_path)], Reading())
 
 
 def test_a_folder_that_may_not_be_read_is_named():
@@ -187,9 +189,9 @@ def test_a_folder_that_may_not_be_read_is_named():
             if user == 0:
                 os.seteuid(65534)  # to root nothing is closed
             with pytest.raises(DataError, match="sub/closed: the folder cannot be read: Permission denied"):
-                find_inputs([folder])
+                find_inputs([folder], Reading())
             with pytest.raises(DataError, match=r"closed/x\.jsonl: cannot be read: Permission denied"):
-                find_inputs([str(closed / "x.jsonl")])
+                find_inputs([str(closed / "x.jsonl")], Reading())
         finally:
             os.seteuid(user)
             closed.chmod(0o755)
@@ -273,8 +275,8 @@ def test_however_the_inputs_are_cut_every_line_is_read_once_in_order(
         else:
             compress(file, content)
         expected += [*found, f"last of {index}"]
-    blocks = list(cut_blocks(find_inputs([str(folder)]).files, block_bytes))
-    assert [text for block in blocks for segment in block for text in read_segment(segment, "text")] == expected
+    blocks = list(cut_blocks(find_inputs([str(folder)], Reading()).files, Reading(), block_bytes))
+    assert [text for block in blocks for segment in block for text in read_segment(segment, Reading())] == expected
     assert sum(segment.cost for block in blocks for segment in block) == sum(
         file.stat().st_size for file in folder.iterdir()
     )
@@ -345,11 +347,11 @@ def test_a_byte_that_changed_anywhere_makes_another_file_of_the_same_size_and_da
     file = tmp_path_factory.mktemp("edit") / "file.jsonl"
     content = bytearray(3 * 2**20)
     file.write_bytes(content)
-    before, facts = identify(find_inputs([str(file)]).files, 1), file.stat()
+    before, facts = identify(find_inputs([str(file)], Reading()).files, 1), file.stat()
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1
     file.write_bytes(content)
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    after = identify(find_inputs([str(file)]).files, 1)
+    after = identify(find_inputs([str(file)], Reading()).files, 1)
     assert (before[0].name, before[0].size) == (after[0].name, after[0].size)
     assert before[0].sha256 != after[0].sha256
 
@@ -599,8 +601,11 @@ BAD_LINES = [
     (b'["text"]', "the line is not a JSON object with a field 'text'"),
     (b'{"content": "x", "id": 3}', "no field 'text', only 'content', 'id'; name the one .* with --field"),
     (b"{}", "no field 'text', only no field"),
-    (b'{"text": null}', "field 'text' is not a string but NoneType"),
-    (b'{"text": "latin \xe4"}', r"the line is not UTF-8 \(byte 17 of it is 0xe4\); convert the file with iconv"),
+    (b'{"text": null}', "field 'text' is not a string but null"),
+    (
+        b'{"text": "latin \xe4"}',
+        r"the line is not UTF-8 \(byte 17 of it is 0xe4\); name the file's encoding with --encoding",
+    ),
     (b'{"text": "half \\ud83d a pair"}', r"field 'text' holds \\ud83d, half of a surrogate pair"),
 ]
 
@@ -633,7 +638,13 @@ def test_a_bad_line_found_by_a_worker_is_the_same_one_line(tmp_path, texts, toke
 
 def test_text_is_read_from_the_field_that_is_named(tmp_path, tokenizer):
     (tmp_path / "in.jsonl").write_text('{"content": "eins", "text": 1}\n{"content": "zwei"}\n')
-    prepare([str(tmp_path / "in.jsonl")], tokenizer=tokenizer, out=tmp_path / "out", validation=0, field="content")
+    prepare(
+        [str(tmp_path / "in.jsonl")],
+        tokenizer=tokenizer,
+        out=tmp_path / "out",
+        validation=0,
+        reading=Reading("content"),
+    )
     assert tokens_of(open_source(tmp_path / "out"))[0] == expected_tokens(["eins", "zwei"], tokenizer, 0)[0]
 
 
@@ -643,8 +654,8 @@ BAD_INPUTS = [
     (["empty.jsonl.gz"], "the file is empty"),
     (["hollow.jsonl.gz"], "nothing is in it but compression"),
     (["hollow.jsonl.zst"], "nothing is in it but compression"),
-    (["folder"], r"the folder holds no file that ends with \.jsonl"),
-    (["notes.txt"], "not a form that can be read"),
+    (["folder"], r"the folder holds no file of documents; their names end with \.jsonl"),
+    (["notes.md"], "not a form that can be read"),
     (["good.jsonl", "./good.jsonl"], "given twice, the first time as good.jsonl"),
     (["good.jsonl", "copy.jsonl"], "its content is given twice, the first time as good.jsonl"),
     (["cut.jsonl.gz"], r"cannot be decompressed \(it ends in the middle\)"),
@@ -659,7 +670,7 @@ BAD_INPUTS = [
 def test_an_input_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch, texts, tokenizer, inputs, message):
     monkeypatch.chdir(tmp_path)
     good = lines_of(texts[:30])
-    for name in ("empty.jsonl", "empty.jsonl.gz", "notes.txt"):
+    for name in ("empty.jsonl", "empty.jsonl.gz", "notes.md"):
         Path(name).touch()
     Path("folder").mkdir()
     Path("good.jsonl").write_bytes(good)
@@ -787,7 +798,7 @@ def test_what_was_read_of_a_file_after_it_changed_is_not_kept_for_its_old_conten
 def test_a_file_that_changed_since_it_was_found_is_named_when_it_is_hashed(tmp_path, raw):
     late = tmp_path / "late.jsonl"
     shutil.copy(raw, late)
-    found = find_inputs([str(raw), str(late)]).files
+    found = find_inputs([str(raw), str(late)], Reading()).files
     with open(late, "a") as file:
         file.write('{"text": "mehr"}\n')
     with pytest.raises(DataError, match=r"late\.jsonl: the file changed while it was read"):
@@ -806,9 +817,9 @@ def test_wherever_a_compressed_file_was_cut_off_it_is_named(tmp_path, suffix):
     cut = tmp_path / f"cut.jsonl.{suffix}"
     for size in set(range(1, len(whole))) - {between}:
         cut.write_bytes(whole[:size])
-        found = find_inputs([str(cut)]).files
+        found = find_inputs([str(cut)], Reading()).files
         with pytest.raises(DataError, match=rf"cut\.jsonl\.{suffix}: cannot be decompressed"):
-            list(cut_blocks(found, 30))  # blocks of a line each
+            list(cut_blocks(found, Reading(), 30))  # blocks of a line each
 
 
 def test_a_name_that_is_not_utf8_is_refused_before_anything_is_done(tmp_path, raw, tokenizer):
@@ -823,11 +834,11 @@ def test_a_name_that_is_not_utf8_is_refused_before_anything_is_done(tmp_path, ra
     with pytest.raises(ConfigError, match=r"source is '.*dce9', which is not UTF-8"):
         prepare([str(raw)], **arguments, out=os.fsdecode(os.fsencode(tmp_path) + b"/out\xe9"))
     with pytest.raises(ConfigError, match=r"field is '.*dce9', which is not UTF-8"):
-        prepare([str(raw)], **arguments, out=tmp_path / "out", field="\udce9")
+        prepare([str(raw)], **arguments, out=tmp_path / "out", reading=Reading("\udce9"))
     assert not (tmp_path / "out" / ".prepare").exists()
     os.rename(name, os.fsdecode(os.fsencode(folder) + b"/notes\xe9"))
     shutil.copy(raw, folder)
-    assert find_inputs([str(folder)]).passed_over == (f"{folder}/notes\\xe9",)
+    assert find_inputs([str(folder)], Reading()).passed_over == (f"{folder}/notes\\xe9",)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacl.data import generations
-from megacl.data.documents import RawFile
+from megacl.data.forms import RawFile
 from megacl.data.portions import cut_portions, portions_of_task
 from megacl.data.prepare import merge, prepare
 from megacl.data.tokenizer import Tokenizer
@@ -186,7 +186,7 @@ def test_a_share_that_does_not_exist_is_named(tmp_path, raw, tokenizer, task):
 
 @given(sizes=st.lists(st.integers(1, 100), max_size=30), block_bytes=st.integers(1, 120), tasks=st.integers(1, 9))
 def test_every_file_is_in_one_portion_and_every_portion_in_one_task(sizes, block_bytes, tasks):
-    files = [RawFile(str(index), size, 0) for index, size in enumerate(sizes)]
+    files = [RawFile(str(index), "jsonl", "", (str(index),), size, 0) for index, size in enumerate(sizes)]
     portions = cut_portions(files, block_bytes)
     assert [file for portion in portions for file in portion] == files
     for portion, after in itertools.zip_longest(portions, portions[1:]):
