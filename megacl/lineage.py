@@ -52,6 +52,8 @@ class SourceRecord:
     generation: int
     since: int = 0
     """What this earlier generation held was left out; 0: nothing was."""
+    window: int | None = None
+    """Shards in a window of the order in which it was read; None: a permutation of all sequences."""
     fingerprint: str
     train_tokens: int
     first: int

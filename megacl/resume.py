@@ -121,10 +121,10 @@ def open_sources(config: RunConfig, origin: Origin) -> OpenedSources:
     """
     if not config.sources:
         raise ConfigError("sources is empty; name at least one folder that `megacl prepare` wrote.")
-    named = {
-        name: open_source(source.path, _generation(name, source, origin.stored), source.since)
-        for name, source in config.sources.items()
-    }
+    named = {}
+    for name, source in config.sources.items():
+        opened = open_source(source.path, _generation(name, source, origin.stored), source.since)
+        named[name] = dataclasses.replace(opened, window=source.window)
     known = {source.fingerprint for source in named.values()}
     history = []
     for fingerprint, record in origin.lineage.sources.items():
@@ -240,4 +240,9 @@ def _check_same_data(config: RunConfig, inputs: Inputs, lineage: Lineage) -> Non
                     f"source {record.name!r} ({source.path}, generation {source.generation}) has fingerprint "
                     f"{source.fingerprint[:12]}, and phase {phase.name!r} has begun with {record.fingerprint[:12]}; "
                     f"give sources.{record.name}.generation, or add the new data as a source of another name."
+                )
+            if source is not None and source.window != record.window:
+                raise ConfigError(
+                    f"sources.{record.name}.window is {source.window}, and phase {phase.name!r} has begun with "
+                    f"{record.window}; put that back, or give the source another name for the phases to come."
                 )

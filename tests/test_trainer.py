@@ -546,6 +546,8 @@ def test_data_that_is_another_under_the_same_name_stops_a_run_that_has_begun(
     )
     assert "phase 'english' has begun with" in message
     assert open_source(prepared.sources["english"]).fingerprint[:12] in message
+    message = refusal(prepared, run_dir, lambda tree: tree["sources"]["english"].update(window=3))
+    assert "sources.english.window is 3, and phase 'english' has begun with None; put that back" in message
 
 
 def test_a_model_of_another_shape_cannot_go_on(prepared: Prepared, whole: Path, tmp_path: Path) -> None:

@@ -24,10 +24,15 @@ _ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def order_key(*, seed: int, fingerprint: str, seq_length: int) -> int:
-    """The 64-bit key of a source's order: other data, another cut or another seed is another order."""
-    text = f"megacl order v1\n{seed}\n{fingerprint}\n{seq_length}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+def order_key(*, seed: int, fingerprint: str, seq_length: int, window: int | None = None) -> int:
+    """The 64-bit key of a source's order: other data, another cut, window or seed is another order.
+
+    window: shards in a window of a windowed order; None for a permutation of all sequences.
+    """
+    text = f"megacl order v1\n{seed}\n{fingerprint}\n{seq_length}"
+    if window is not None:
+        text += f"\nwindow {window}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _mix(x: _UInt64) -> _UInt64:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from megacl.config_phase import PhaseConfig, ReplayConfig, length_in_steps, share_of
 from megacl.data.mixture import MAX_LINE, Mixture, first_to_run_out, integer_weights, renormalised
 from megacl.data.replay import draws_in_a_round, next_draw, policy_weights
-from megacl.data.sequences import Sequences
+from megacl.data.sequences import build_sequences
 from megacl.data.shards import Source
 from megacl.errors import ConfigError, DataError
 from megacl.lineage import (
@@ -67,16 +67,17 @@ def plan_phase(
             path=str(sources[name].path),
             generation=sources[name].generation,
             since=sources[name].since,
+            window=sources[name].window,
             fingerprint=sources[name].fingerprint,
             train_tokens=sources[name].train.tokens,
-            first=_draws_taken(lineage, sources[name].fingerprint, seq_length, seed),
+            first=_draws_taken(lineage, sources[name], seq_length, seed),
             tokens_before=_tokens_read(lineage, sources[name]),
         )
         for name in (*phase.source_names, *((phase.replay.from_sources or ()) if phase.replay else ()))
     }
     own = tuple(records[name] for name in phase.source_names)
     left = [
-        max(0, Sequences(sources[record.name], seq_length, seed).n - record.first)
+        max(0, build_sequences(sources[record.name], seq_length, seed, record.window).n - record.first)
         if phase.when_exhausted != "repeat"
         else _ENDLESS
         for record in own
@@ -136,14 +137,14 @@ def _check_names(phase: PhaseConfig, sources: Mapping[str, Source]) -> None:
             )
 
 
-def _draws_taken(lineage: Lineage, fingerprint: str, seq_length: int, seed: int) -> int:
+def _draws_taken(lineage: Lineage, source: Source, seq_length: int, seed: int) -> int:
     """How many draws from a source, in this cut and order, the model has seen."""
     taken = 0
     for phase in lineage.phases:
         if (phase.seq_length, phase.seed) == (seq_length, seed):
-            for source in phase.sources_read:
-                if source.fingerprint == fingerprint:
-                    taken = max(taken, source.first + source.samples)
+            for record in phase.sources_read:
+                if (record.fingerprint, record.window) == (source.fingerprint, source.window):
+                    taken = max(taken, record.first + record.samples)
     return taken
 
 

@@ -313,6 +313,7 @@ class Source:
     train_documents: int
     train: TokenStream
     validation: TokenStream
+    window: int | None = None  # the order that its user asks for: data/sequences.py
 
 
 def open_source(path: str | Path, generation: int | None = None, since: int = 0) -> Source:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megacl.data.mixture import Mixture
 from megacl.data.order import Int64, permuted
 from megacl.data.replay import Recut, is_replayed, replay_key, replayed_before
-from megacl.data.sequences import Sequences
+from megacl.data.sequences import Sequences, WindowedSequences, build_sequences
 from megacl.data.shards import Source, open_source
 from megacl.errors import DataError
 from megacl.lineage import Lineage, MixturePiece, PhaseRecord, SourceRecord
@@ -63,7 +63,7 @@ class Located:
 class _OwnSamples:
     """A phase's own samples, those that are not replayed, by their number."""
 
-    cuts: tuple[Sequences, ...]
+    cuts: tuple[Sequences | WindowedSequences, ...]
     firsts: Int64
     numbers: Int64
     """The sources' places in the stream's list."""
@@ -148,7 +148,10 @@ class PhaseStream:
                 self.sources.append(self._open(source))
             numbers.append(self._numbers[source.fingerprint])
         return _OwnSamples(
-            cuts=tuple(Sequences(self.sources[number], phase.seq_length, phase.seed) for number in numbers),
+            cuts=tuple(
+                build_sequences(self.sources[number], phase.seq_length, phase.seed, source.window)
+                for number, source in zip(numbers, records, strict=True)
+            ),
             firsts=np.array([source.first for source in records], dtype=np.int64),
             numbers=np.array(numbers, dtype=np.int64),
             mixture=Mixture(pieces),

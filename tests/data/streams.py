@@ -17,8 +17,10 @@ STRIDE = 100_000
 class CountingStream:
     """A token stream that holds its own positions."""
 
-    def __init__(self, number: int, tokens: int) -> None:
+    def __init__(self, number: int, tokens: int, shards: int) -> None:
         self.number, self.tokens = number, tokens
+        edges = np.linspace(0, tokens, shards + 1).astype(np.int64)
+        self.begins, self.ends = edges[:-1], edges[1:]
 
     def gather(self, starts: Any, length: int) -> Any:
         assert starts.dtype == np.int64
@@ -26,16 +28,17 @@ class CountingStream:
         return self.number * STRIDE + starts[:, None] + np.arange(length)
 
 
-def counting_source(number: int, tokens: int, documents: int = 1) -> Any:
+def counting_source(number: int, tokens: int, documents: int = 1, shards: int = 1, window: int | None = None) -> Any:
     return SimpleNamespace(
         name=f"s{number}",
         path=f"/data/s{number}",
         generation=1,
         since=0,
+        window=window,
         fingerprint=f"fingerprint-{number}-{tokens}",
         tokenizer_fingerprint="tokenizer",
         train_documents=documents,
-        train=CountingStream(number, tokens),
+        train=CountingStream(number, tokens, shards),
     )
 
 

@@ -253,3 +253,35 @@ def test_history_whose_data_is_gone_is_named_with_its_fingerprint(tmp_path: Any)
     stream = begin(Lineage(), phase_config("p0", {"s0": 1}, 2), {"s0": source}, seq_length=T, batch=5)
     with pytest.raises(DataError, match="source 's0', fingerprint fingerprint-, which is gone"):
         open_recorded(stream.record.sources[0])
+
+
+def test_a_windowed_source_goes_on_over_phases_and_is_replayed_in_its_own_order() -> None:
+    sources = {"s0": counting_source(0, 400, shards=7, window=2), "s1": counting_source(1, 400)}
+    lineage, rows = Lineage(), []
+    for name in ("p0", "p1"):
+        stream = begin(lineage, phase_config(name, {"s0": 1}, 10), sources, seq_length=T, batch=3)
+        rows += rows_of(stream)
+        lineage = finish(lineage, stream)
+    starts = [row[0] for row in rows]
+    assert len(set(starts)) == len(starts)
+    stream = begin(lineage, phase_config("p2", {"s1": 1}, 20, replay={"share": 0.5}), sources, seq_length=T, batch=3)
+    replayed = split(rows_of(stream), "1/2")[1]
+    assert len(replayed) == 30
+    for phase in (rows[:30], rows[30:]):  # each phase from its beginning, in the order in which it was first read
+        again = [row for row in replayed if row in phase]
+        assert again == phase[: len(again)]
+
+
+def test_in_another_window_a_source_begins_an_order_of_its_own() -> None:
+    def cursor(lineage: Lineage, window: int | None) -> tuple[Lineage, int, int]:
+        sources = {"s0": counting_source(0, 400, shards=7, window=window)}
+        name = f"p{len(lineage.phases)}"
+        stream = begin(lineage, phase_config(name, {"s0": 1}, 5), sources, seq_length=T, batch=3)
+        (record,) = stream.record.sources
+        return finish(lineage, stream), record.first, record.tokens_before
+
+    lineage, *first = cursor(Lineage(), None)
+    lineage, *windowed = cursor(lineage, 2)
+    lineage, *windowed_again = cursor(lineage, 2)
+    lineage, *permuted_again = cursor(lineage, None)
+    assert [first, windowed, windowed_again, permuted_again] == [[0, 0], [0, 60], [15, 120], [15, 180]]
