@@ -52,7 +52,7 @@ class SourceConfig:
     since: Annotated[int, Field(ge=0, description="an earlier generation, whose data is left out")] = 0
     """0: nothing is left out."""
     window: Annotated[int, Field(ge=1, description="shards in a window of the order")] | None = None
-    """Null: a permutation of all sequences; N: shards in random order, a permutation inside every N consecutive ones."""
+    """Null: a permutation of all sequences. N: shards in random order, a permutation inside every N of them."""
     documents: tuple[str, ...] | None = None
     """Raw documents to prepare first where `path` does not exist yet."""
     validation: Annotated[float, Field(ge=0, lt=1, description="the part of the documents that is held out")] = 0.01

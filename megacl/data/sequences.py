@@ -11,8 +11,8 @@ token.
 at i T, there are n = (tokens - 1) // T, and every token but the first is predicted once. A batch touches as many shards
 as it has sequences.
 
-**Windowed** (window N). Each shard is cut by itself, into (tokens - 1) // T sequences; what is left at its end, at most
-T tokens, is not read. In each epoch the shards stand in a new random order, and each N consecutive ones of it are a
+**Windowed** (window N). Each shard is cut by itself, into (tokens - 1) // T sequences; what is left at its end, fewer
+than T tokens, is not read. In each epoch the shards stand in a new random order, and each N consecutive ones are a
 window, whose sequences are permuted among themselves. So a shard is needed during one window of an epoch only, and may
 be fetched once and read whole. Memory is O(shards) for each epoch in use, 1.6 MB for 100,000 shards; a sample costs
 O(log shards).
