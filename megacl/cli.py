@@ -58,6 +58,10 @@ def prepare(
         typer.Option(help="A .txt file is a document, or paragraphs are; of standard input too: plain text, not JSON."),
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count broken lines and go on.")] = False,
+    dedup: Annotated[bool, typer.Option("--dedup", help="Leave out documents that are there already.")] = False,
+    dedup_against: Annotated[
+        list[Path] | None, typer.Option(help="--dedup, and leave out what this data folder holds. Repeatable.")
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="I/N: do share I of N, here or elsewhere; then `megacl data merge OUT`.")
     ] = None,
@@ -87,6 +91,8 @@ def prepare(
                 validation=validation,
                 reading=Reading(field, encoding, normalize, text),
                 skip_bad=skip_bad,
+                dedup=dedup,
+                dedup_against=dedup_against or (),
                 task=_share(task) if task else None,
                 workers=workers,
                 progress=lambda done, total: progress.update(bar, completed=done, total=total),

@@ -41,5 +41,7 @@ def print_prepared(out: Path, report: "PrepareReport") -> None:
     )
     if report.bad_lines or report.empty_documents:
         print(f"left out: {report.bad_lines:,} bad lines, {report.empty_documents:,} empty documents")
+    if report.removed_documents:
+        print(f"left out: {report.removed_documents:,} duplicates, or documents removed earlier")
     if report.passed_over:
         print(f"passed over: {len(report.passed_over):,} files of other kinds, {', '.join(report.passed_over[:3])} ...")

@@ -28,8 +28,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megacl.data.blocks import Recipe
 from megacl.data.documents import BLOCK_BYTES
+from megacl.data.duplicates import hashes_of, is_known, is_repeated
 from megacl.data.forms import RawFile
 from megacl.data.forms.reading import Reading
 from megacl.data.generations import (
@@ -53,7 +56,10 @@ from megacl.data.manifest import (
     Totals,
     no_manifest,
     read_inputs,
+    read_manifest,
+    read_removed,
 )
+from megacl.data.rewrite import Mask, rewrite_shards
 from megacl.data.shards import token_dtype
 from megacl.data.tasks import (
     COMMAND_FOLDER,
@@ -87,6 +93,7 @@ class PrepareReport:
     held_out: int
     bad_lines: int
     empty_documents: int
+    removed_documents: int  # duplicates, with dedup, and those that were removed on request earlier
     passed_over: tuple[str, ...]  # the files of other kinds in the folders that were searched
     seconds: float
 
@@ -100,6 +107,8 @@ def prepare(
     validation: float = 0.01,
     reading: Reading | None = None,
     skip_bad: bool = False,
+    dedup: bool = False,
+    dedup_against: Sequence[str | Path] = (),
     task: tuple[int, int] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -111,7 +120,9 @@ def prepare(
     files of other kinds in folders are passed over and named in the report. source: a name for the data; the folder's
     by default. validation: the part of the documents to hold out, in [0, 1). reading: where a document has its text,
     its encoding and normal form; by default the field "text" in UTF-8, as it is.
-    skip_bad: leave out lines without a document, and count them, instead of stopping. task: (I, N) does share I of N,
+    skip_bad: leave out lines without a document, and count them, instead of stopping. dedup: leave out documents whose
+    text stands earlier in the inputs or in the folder's newest generation; dedup_against: and those that these other
+    data folders hold, for training or held out. task: (I, N) does share I of N,
     counted from 1, and publishes nothing; it may run while other tasks of the same command do, and `merge` publishes
     what all of them did. workers: processes; by default
     one for each core that this process may use. progress: called with the bytes of input done and in all.
@@ -135,6 +146,9 @@ def prepare(
         raise ConfigError("task is for inputs that every task can read, and standard input is not. Write it to a file.")
     reading = reading or Reading()
     found = find_inputs(inputs, reading)
+    against = tuple(os.path.abspath(each) for each in dedup_against)
+    for each in against:
+        read_manifest(Path(each))
     workers = workers or _cores()
     recipe = Recipe(tokenizer.file, tokenizer.fingerprint, validation, reading, skip_bad)
     with among_others_in(folder, "a prepare or merge") if task else alone_in(folder, "another prepare"):
@@ -152,25 +166,28 @@ def prepare(
             tokenizer_file=tokenizer.file_name,
             tokenizer_fingerprint=tokenizer.fingerprint,
             validation=validation,
-            settings=reading.settings,
+            settings={**reading.settings, **_dedup_settings(dedup, against)},
             skip_bad=skip_bad,
             block_bytes=block_bytes,
+            dedup=dedup or bool(against),
+            against=against,
             inputs=digest_of_files(found.files),
             passed_over=found.passed_over,
         )
         done = _do_task(command, found.files, recipe, state, tokenizer, number, workers, progress)
         if task and not isinstance(done, Generation):
             return _report_of_task(*done, found.passed_over, time.monotonic() - begun)
-        made = done if isinstance(done, Generation) else _publish(command, state, work)
+        made = done if isinstance(done, Generation) else _publish(command, state, work, workers)
         if not task:
             clear_work(work)
     return _report_of_generation(made, state, found.passed_over, time.monotonic() - begun)
 
 
-def merge(out: str | Path) -> PrepareReport:
+def merge(out: str | Path, *, workers: int | None = None) -> PrepareReport:
     """Publishes what the tasks of a command have done, as `prepare` without a task would have.
 
-    Does nothing where no task waits, and reports the newest generation. DataError: a task is not done, an input changed
+    Does nothing where no task waits, and reports the newest generation. workers: processes that write shards anew where
+    documents are left out as duplicates or as removed earlier. DataError: a task is not done, an input changed
     since its task read it, and all that `prepare` finds at its end; nothing is published then.
     """
     begun = time.monotonic()
@@ -186,9 +203,16 @@ def merge(out: str | Path) -> PrepareReport:
         else:
             tokenizer = load_tokenizer(work / COMMAND_FOLDER / command.tokenizer_file)
             state = _open_folder(folder, tokenizer, command.source, command.validation)
-            made = _publish(command, state, work)
+            made = _publish(command, state, work, workers or _cores())
             clear_work(work)
     return _report_of_generation(made, state, command.passed_over if command else (), time.monotonic() - begun)
+
+
+def _dedup_settings(dedup: bool, against: Sequence[str]) -> dict[str, str | bool]:
+    return {
+        **({"dedup": True} if dedup or against else {}),
+        **({"dedup_against": ", ".join(against)} if against else {}),
+    }
 
 
 def _check_recordable(**settings: str) -> None:
@@ -222,6 +246,7 @@ def _report_of_generation(
         held_out=held_out.documents - held_out_before.documents,
         bad_lines=made.bad_lines,
         empty_documents=made.empty_documents,
+        removed_documents=made.removed_documents,
         passed_over=passed_over,
         seconds=seconds,
     )
@@ -239,6 +264,7 @@ def _report_of_task(
         held_out=held_out.documents,
         bad_lines=record.bad_lines,
         empty_documents=record.empty_documents,
+        removed_documents=0,  # that is decided by the merge
         passed_over=passed_over,
         seconds=seconds,
     )
@@ -280,7 +306,7 @@ def _do_task(
         return run_task(command, portions, inputs, recipe, work, number, workers, report)
 
 
-def _publish(command: Command, state: FolderState, work: Path) -> Generation:
+def _publish(command: Command, state: FolderState, work: Path, workers: int) -> Generation:
     """Publishes what all tasks have done, or finds the generation that holds it already."""
     done = gather_tasks(command, work)
     refuse_twice(done.inputs)
@@ -291,20 +317,48 @@ def _publish(command: Command, state: FolderState, work: Path) -> Generation:
             f"{done.inputs[0].name}{' and the other inputs' if len(done.inputs) > 1 else ''}: no documents in there "
             f"({done.bad_lines} bad lines, {done.empty_documents} documents without text). Check the files and --field."
         )
-    _check_held_out(state, done.shards)
+    keep, more = _kept(command, state, done.shards, work)
+    losing, rewritten, origins = rewrite_shards(work, done.shards, keep, state.dtype, work, workers)
+    staying = np.flatnonzero(~losing)
+    order = np.argsort(np.concatenate([staying, origins]))
+    added = ShardList.concat([done.shards.where(~losing), rewritten]).take(order)
+    if not len(added):
+        raise DataError(
+            f"{state.folder}: all {len(keep)} documents of {done.inputs[0].name} and the other inputs are duplicates, "
+            "or were removed from the folder earlier: there is nothing to add."
+        )
+    _check_held_out(state, added)
     load_tokenizer(work / COMMAND_FOLDER / command.tokenizer_file).save(state.folder)
     return publish_generation(
         state,
         work,
         Change(
             made_by="prepare",
-            settings=command.settings,
-            added=done.shards,
+            settings={**command.settings, **more},
+            added=added,
             inputs=done.inputs,
             bad_lines=done.bad_lines,
             empty_documents=done.empty_documents,
+            removed_documents=int((~keep).sum()),
         ),
     )
+
+
+def _kept(command: Command, state: FolderState, shards: ShardList, work: Path) -> tuple[Mask, dict[str, str]]:
+    """Which of the shards' documents are published: all but those removed earlier and, with dedup, duplicates.
+
+    Also what the generation records of the folders that were compared.
+    """
+    removed = read_removed(state.folder, state.number).hashes
+    if not command.dedup and not len(removed):
+        return np.ones(int(shards.numbers("documents").sum()), np.bool_), {}
+    hashes = hashes_of(work, shards, state.dtype)
+    if not command.dedup:
+        return ~is_known(hashes, [removed]), {}
+    others = [open_state(Path(each)) for each in command.against]
+    known = [hashes_of(each.folder, each.current(), each.dtype) for each in (state, *others)]
+    numbers = ", ".join(str(each.number) for each in others)
+    return ~is_repeated(hashes, [removed, *known]), {"dedup_against_generations": numbers} if others else {}
 
 
 # ---------------------------------------------------------------------------------------------- the data folder
@@ -366,7 +420,7 @@ def _made_already(state: FolderState, files: Sequence[InputFile], command: Comma
     for generation in state.generations:
         own = [each.sha256 for each in inputs if each.generation == generation.generation]
         same = own == contents if command.tasks == 1 else set(contents) <= set(own)
-        if same and generation.settings == command.settings:
+        if same and command.settings.items() <= generation.settings.items():
             return generation
     held = {each.sha256: (each.generation, each.name) for each in inputs}
     names = {os.path.abspath(each.name): each.generation for each in inputs if each.name != STANDARD_INPUT}

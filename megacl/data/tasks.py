@@ -45,6 +45,9 @@ class Command:
     """For the generation's record."""
     skip_bad: bool
     block_bytes: int
+    dedup: bool
+    against: tuple[str, ...]
+    """Other data folders, absolute, whose documents are left out too."""
     inputs: str
     """SHA-256 of the names and sizes of all input files, in order."""
     passed_over: tuple[str, ...]
