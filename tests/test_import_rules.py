@@ -19,7 +19,7 @@ LEVELS = [
     "log schedules lineage kernels parallel "
     "data.manifest data.shards data.verify data.inputs data.forms data.documents data.megatron data.portions "
     "data.workers data.tokenizer data.order",
-    "data.blocks data.tasks data.generations data.prepare "
+    "data.blocks data.tasks data.generations data.joining data.prepare "
     "data.rewrite data.duplicates data.remove data.near data.overview data.export "
     "data.provide data.sequences data.mixture data.replay data.planning data.stream "
     "data.loader "

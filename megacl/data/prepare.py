@@ -37,7 +37,6 @@ from megacl.data.forms import RawFile
 from megacl.data.forms.reading import Reading
 from megacl.data.generations import (
     PREPARE_WORK,
-    SHARD_NAME,
     Change,
     FolderState,
     clear_work,
@@ -47,20 +46,16 @@ from megacl.data.generations import (
     publish_generation,
 )
 from megacl.data.inputs import STANDARD_INPUT, find_inputs, identify, keep_standard_input, refuse_twice
+from megacl.data.joining import check_held_out, made_already, open_folder
 from megacl.data.manifest import (
-    MANIFEST,
     Generation,
-    InputFile,
     ShardList,
-    TokenizerRecord,
     Totals,
     no_manifest,
-    read_inputs,
     read_manifest,
     read_removed,
 )
 from megacl.data.rewrite import Mask, rewrite_shards
-from megacl.data.shards import token_dtype
 from megacl.data.tasks import (
     COMMAND_FOLDER,
     Command,
@@ -77,9 +72,6 @@ from megacl.data.tasks import (
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.errors import ConfigError, DataError
 from megacl.publish import alone_in, among_others_in, disk_errors
-
-MIN_HELD_OUT = 20
-"""Held-out documents below which a validation loss says little."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +148,7 @@ def prepare(
             finish_interrupted(folder)
         elif is_interrupted(folder):
             raise DataError(f"{folder}: a merge was interrupted there. Run `megacl data merge {folder}` first.")
-        state = _open_folder(folder, tokenizer, source, validation)
+        state = open_folder(folder, tokenizer, source, validation)
         source = state.source if state.number else source or folder.resolve().name
         _check_recordable(source=source, field=reading.field)
         found = keep_standard_input(found, work)
@@ -202,7 +194,7 @@ def merge(out: str | Path, *, workers: int | None = None) -> PrepareReport:
             made = state.generations[-1]
         else:
             tokenizer = load_tokenizer(work / COMMAND_FOLDER / command.tokenizer_file)
-            state = _open_folder(folder, tokenizer, command.source, command.validation)
+            state = open_folder(folder, tokenizer, command.source, command.validation)
             made = _publish(command, state, work, workers or _cores())
             clear_work(work)
     return _report_of_generation(made, state, command.passed_over if command else (), time.monotonic() - begun)
@@ -293,7 +285,7 @@ def _do_task(
         begin_command(command, tokenizer, work)
         return done
     inputs = identify(own, workers)
-    if made := _made_already(state, inputs, command):
+    if made := made_already(state, inputs, command):
         return made
     with disk_errors(work, "the work folder"):
         work.mkdir(exist_ok=True)
@@ -310,7 +302,7 @@ def _publish(command: Command, state: FolderState, work: Path, workers: int) -> 
     """Publishes what all tasks have done, or finds the generation that holds it already."""
     done = gather_tasks(command, work)
     refuse_twice(done.inputs)
-    if made := _made_already(state, done.inputs, command):
+    if made := made_already(state, done.inputs, command):
         return made
     if not len(done.shards):
         raise DataError(
@@ -327,7 +319,7 @@ def _publish(command: Command, state: FolderState, work: Path, workers: int) -> 
             f"{state.folder}: all {len(keep)} documents of {done.inputs[0].name} and the other inputs are duplicates, "
             "or were removed from the folder earlier: there is nothing to add."
         )
-    _check_held_out(state, added)
+    check_held_out(state, added)
     load_tokenizer(work / COMMAND_FOLDER / command.tokenizer_file).save(state.folder)
     return publish_generation(
         state,
@@ -359,97 +351,3 @@ def _kept(command: Command, state: FolderState, shards: ShardList, work: Path) -
     known = [hashes_of(each.folder, each.current(), each.dtype) for each in (state, *others)]
     numbers = ", ".join(str(each.number) for each in others)
     return ~is_repeated(hashes, [removed, *known]), {"dedup_against_generations": numbers} if others else {}
-
-
-# ---------------------------------------------------------------------------------------------- the data folder
-
-
-def _open_folder(folder: Path, tokenizer: Tokenizer, source: str | None, validation: float) -> FolderState:
-    """The folder's state; DataError if more data prepared like this cannot join it."""
-    if not (folder / MANIFEST).exists():
-        shards = [name for name in os.listdir(folder) if SHARD_NAME.fullmatch(name)]
-        if shards and not (folder / PREPARE_WORK).exists():
-            raise DataError(
-                f"{folder}: it holds shards such as {shards[0]} but no {MANIFEST}. Restore that, or name another "
-                "folder with --out."
-            )
-        return FolderState(
-            folder=folder,
-            source=source or folder.resolve().name,
-            dtype=token_dtype(tokenizer.vocab_size),
-            tokenizer=TokenizerRecord(
-                file=tokenizer.file_name,
-                fingerprint=tokenizer.fingerprint,
-                vocab_size=tokenizer.vocab_size,
-                eos_id=tokenizer.eos_id,
-            ),
-            validation=validation,
-            generations=(),
-            shards=ShardList.concat([]),
-        )
-    state = open_state(folder)
-    if state.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise DataError(
-            f"{folder}: its shards were made with another tokenizer than {tokenizer.file}. Give the folder's own, "
-            f"--tokenizer {folder / state.tokenizer.file}, or name another folder with --out."
-        )
-    if state.validation != validation:
-        raise DataError(
-            f"{folder}: it was prepared with --validation {state.validation}, not {validation}. Give the same, or "
-            "name another folder with --out."
-        )
-    if source is not None and state.source != source:
-        raise DataError(
-            f"{folder}: its source is called {state.source!r}, not {source!r}. Give the same name, or name another "
-            "folder with --out."
-        )
-    return state
-
-
-def _made_already(state: FolderState, files: Sequence[InputFile], command: Command) -> Generation | None:
-    """The generation that this command would make, if there is one; DataError if the folder holds some of the files.
-
-    files: all of the command's, or those of one of its tasks. Files are known by their content, so that of a second
-    name, a copy or a new date no document comes in twice. Nor does one of a file that grew or was mended since: a name
-    that the folder has with other content is refused too.
-    """
-    if not state.number or not files:
-        return None
-    contents = [file.sha256 for file in files]
-    inputs = read_inputs(state.folder, state.number)
-    for generation in state.generations:
-        own = [each.sha256 for each in inputs if each.generation == generation.generation]
-        same = own == contents if command.tasks == 1 else set(contents) <= set(own)
-        if same and command.settings.items() <= generation.settings.items():
-            return generation
-    held = {each.sha256: (each.generation, each.name) for each in inputs}
-    names = {os.path.abspath(each.name): each.generation for each in inputs if each.name != STANDARD_INPUT}
-    for file in files:  # before those that are held: "leave it out" is no answer to who gives all files again
-        name = os.path.abspath(file.name)
-        if name in names and file.sha256 not in held:
-            raise DataError(
-                f"{file.name}: generation {names[name]} of {state.folder} holds a file of this name with other "
-                "content. Put only the new documents into a file with a name of its own, or prepare into a new folder "
-                "with --out."
-            )
-    for file in files:
-        if file.sha256 in held:
-            number, name = held[file.sha256]
-            alias = "" if name == file.name else f", as {name}"
-            raise DataError(
-                f"{state.folder}: generation {number} holds {file.name} already{alias}. Leave it out, or name another "
-                "folder with --out."
-            )
-    return None
-
-
-def _check_held_out(state: FolderState, added: ShardList) -> None:
-    shards = ShardList.concat([state.current(), added])
-    found = shards.totals("validation").documents
-    documents = found + shards.totals("train").documents
-    if state.validation > 0 and found < MIN_HELD_OUT:
-        raise DataError(
-            f"{state.folder}: {found} of {documents} documents are held out at --validation {state.validation:g}, and "
-            f"a validation loss needs {MIN_HELD_OUT} or more. Give a larger fraction or more documents, or "
-            "--validation 0 to hold out none."
-        )

@@ -124,8 +124,7 @@ def test_what_another_folder_holds_out_is_never_trained_on_also_not_as_a_copy(tm
     assert not set(documents_of(web)["train"]) & set(documents_of(tests)["validation"])
     assert report.removed_documents == 250 - 100
     settings = read_manifest(web).generations[0].settings
-    assert settings == {
-        "field": "text", "dedup": True, "dedup_against": str(tests), "dedup_against_generations": "1",
-    }  # fmt: skip
+    assert settings["dedup"] is True
+    assert (settings["dedup_against"], settings["dedup_against_generations"]) == (str(tests), "1")
     with pytest.raises(DataError, match=r"absent: no manifest\.json there"):
         prepare([str(tmp_path / "web.jsonl")], **common(tokenizer), out=web, dedup_against=[tmp_path / "absent"])
