@@ -72,7 +72,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     from megacl.configfile import shipped
     from megacl.data.documents import read_documents
     from megacl.data.prepare import prepare
-    from megacl.data.tokenizer import train_tokenizer
+    from megacl.data.tokenizer_training import train_tokenizer
 
     folder = tmp_path_factory.mktemp("prepared")
     documents = {}

@@ -273,7 +273,7 @@ def test_a_run_directory_of_another_configuration_is_refused(run: Path, prepared
 def test_a_tokenizer_that_does_not_match_the_shards_is_refused(
     prepared: Prepared, tmp_path: Path, capsys: Capture
 ) -> None:
-    from megacl.data.tokenizer import train_tokenizer
+    from megacl.data.tokenizer_training import train_tokenizer
 
     other = train_tokenizer([str(prepared.documents["german"])], tmp_path / "other.model", 500)
     config = prepared.config_file(tmp_path / "run", tokenizer={"path": str(other.file)})
@@ -285,7 +285,7 @@ def test_a_tokenizer_that_does_not_match_the_shards_is_refused(
 def test_a_token_beyond_the_vocabulary_is_refused(prepared: Prepared, tmp_path: Path, capsys: Capture) -> None:
     """A folder whose manifest promises a smaller vocabulary than its shards keep."""
     from megacl.data.manifest import read_manifest
-    from megacl.data.tokenizer import train_tokenizer
+    from megacl.data.tokenizer_training import train_tokenizer
 
     small = train_tokenizer([str(prepared.documents["german"])], tmp_path / "small.model", 400)
     english = tmp_path / "english"

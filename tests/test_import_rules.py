@@ -18,7 +18,7 @@ LEVELS = [
     "megacl errors publish config config_phase configfile data.__init__ model.__init__ model.config",
     "log schedules lineage kernels parallel "
     "data.manifest data.shards data.verify data.inputs data.forms data.documents data.megatron data.portions "
-    "data.workers data.tokenizer data.order",
+    "data.workers data.boundaries data.units data.tokenizer data.tokenizer_training data.order",
     "data.blocks data.tasks data.generations data.joining data.prepare "
     "data.rewrite data.duplicates data.remove data.near data.overview data.export "
     "data.provide data.sequences data.mixture data.replay data.planning data.stream "

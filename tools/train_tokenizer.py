@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megacl.data.tokenizer import train_tokenizer
+from megacl.data.tokenizer_training import train_tokenizer
 from megacl.errors import MegaclError
 
 

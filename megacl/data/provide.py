@@ -10,7 +10,8 @@ from pathlib import Path
 from megacl.config import SourceConfig, TokenizerConfig
 from megacl.configfile import find_shipped
 from megacl.data.prepare import prepare
-from megacl.data.tokenizer import load_tokenizer, train_tokenizer
+from megacl.data.tokenizer import load_tokenizer
+from megacl.data.tokenizer_training import train_tokenizer
 from megacl.errors import ConfigError
 
 

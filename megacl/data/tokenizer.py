@@ -8,28 +8,37 @@ Text is data: what looks like a control token inside a document ("</s>", "<|endo
 pieces, so a document can never end another one. The one character that a SentencePiece model does not bring back is
 U+2581, which it uses to write a space.
 
+Where it is known that no token lies across a place (data/boundaries.py), texts are encoded by units, each distinct one
+once (data/units.py): the same ids, several times as fast. This is so for SentencePiece's BPE models that normalise
+nothing, and for Hugging Face files that split text as GPT-2, Llama 3, Qwen 2, o200k or Tekken do. All others are given
+whole texts. Texts of more than 2^20 characters go through either in parts.
+
 A tokenizer may extend another one: more pieces behind it, every earlier id unchanged. Then data that the smaller one
 prepared stays valid. `record_extension` checks this and writes it down beside the file, FILE.extends.json.
 """
 
-import io
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
-from megacl.data.documents import read_documents
-from megacl.data.forms.reading import Reading
+from megacl.data import boundaries
+from megacl.data.units import UnitEncoder, WholeEncoder
 from megacl.errors import DataError
-from megacl.publish import disk_errors, publish_bytes, publish_text, sha256_of
+from megacl.publish import publish_bytes, publish_text, sha256_of
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
+
+_SPACE = "\u2581"
+"""How a SentencePiece model writes a space."""
 
 _EOS_NAMES = (
     "</s>",
@@ -58,8 +67,11 @@ class Tokenizer(ABC):
         """Fingerprints of the tokenizers that this one extends."""
 
     @abstractmethod
-    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """The ids of each text, uint32 [length]: no BOS, no EOS, and nothing in a text is read as a control token."""
+    def encode(self, texts: Iterable[str]) -> list[npt.NDArray[np.uint32]]:
+        """The ids of each text, uint32 [length]: no BOS, no EOS, and nothing in a text is read as a control token.
+
+        The arrays may share memory and may be read-only. Many texts at once take less time than few.
+        """
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
@@ -95,9 +107,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, file: Path) -> None:
         super().__init__(file)
+        self._content = file.read_bytes()
         try:
-            self._model = sentencepiece.SentencePieceProcessor()
-            self._model.LoadFromSerializedProto(file.read_bytes())
+            self._model = _load_sentencepiece(self._content)
         except RuntimeError:
             raise DataError(f"{file}: not a SentencePiece model, or damaged. Copy it again.") from None
         self.vocab_size = self._model.vocab_size()
@@ -108,9 +120,23 @@ class SentencePieceTokenizer(Tokenizer):
                 "Train one that has: tools/train_tokenizer.py"
             )
 
-    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+    def encode(self, texts: Iterable[str]) -> list[npt.NDArray[np.uint32]]:
+        return self._encode(texts)
+
+    @cached_property
+    def _encode(self) -> Callable[[Iterable[str]], list[npt.NDArray[np.uint32]]]:
         # One thread: prepare runs a process a core.
-        return [np.array(ids, np.uint32) for ids in self._model.encode(list(texts), num_threads=1)]
+        encode = partial(self._model.encode, num_threads=1)
+        adds_space = boundaries.adds_space_in_front(self._content)
+        later = _load_sentencepiece(boundaries.without_space_in_front(self._content)) if adds_space else self._model
+        encode_later = partial(later.encode, num_threads=1)
+        cuts = boundaries.of_sentencepiece(self._model)
+        if cuts is None:
+            # A space at the beginning, which some models remove, stays when it is written in their own way.
+            return WholeEncoder(encode, lambda texts: encode_later([re.sub("^ ", _SPACE, text) for text in texts]))
+        encode_units = UnitEncoder(cuts, encode_later)
+        front = " " if adds_space else ""
+        return lambda texts: encode_units((text and front + text).replace(_SPACE, " ") for text in texts)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return str(self._model.decode(self._check_ids(ids)))
@@ -130,8 +156,6 @@ class HuggingFaceTokenizer(Tokenizer):
     file_name = HUGGING_FACE_FILE
 
     def __init__(self, file: Path) -> None:
-        import tokenizers  # takes a while, and most runs use SentencePiece
-
         super().__init__(file)
         try:
             tree = json.loads(file.read_text(encoding="utf-8"))
@@ -140,7 +164,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if eos is not None:
                 # Some files list EOS as an ordinary added token, which would be found inside of texts.
                 added[eos]["special"] = True
-            self._model = tokenizers.Tokenizer.from_str(json.dumps(tree))
+            self._model = _load_hugging_face(tree)
+            self._tree = tree
         except Exception as error:  # `tokenizers` raises the base class itself
             raise DataError(f"{file}: not a tokenizer.json, or damaged ({error}). Copy it again.") from None
         if eos is None:
@@ -148,15 +173,21 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{file}: no end-of-text token among its added tokens, which must end every document; known names are "
                 f"{', '.join(_EOS_NAMES)}. Add one of them to the file."
             )
-        self._model.encode_special_tokens = True
-        self._model.no_truncation()
-        self._model.no_padding()
         self.eos_id = int(added[eos]["id"])
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in found]
+    def encode(self, texts: Iterable[str]) -> list[npt.NDArray[np.uint32]]:
+        return self._encode(texts)
+
+    @cached_property
+    def _encode(self) -> Callable[[Iterable[str]], list[npt.NDArray[np.uint32]]]:
+        encode = partial(_encode_hugging_face, self._model)
+        cuts = boundaries.of_hugging_face(self._tree)
+        if cuts is None:
+            return WholeEncoder(
+                encode, partial(_encode_hugging_face, _load_hugging_face(boundaries.without_prefix(self._tree)))
+            )
+        return UnitEncoder(cuts, lambda units: encode([str(unit, "utf-8") for unit in units]))
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return str(self._model.decode(self._check_ids(ids), skip_special_tokens=True))
@@ -165,6 +196,26 @@ class HuggingFaceTokenizer(Tokenizer):
         special = {index for index, token in self._model.get_added_tokens_decoder().items() if token.special}
         names = {index: name for name, index in self._model.get_vocab(with_added_tokens=True).items()}
         return [(names.get(index, ""), "control" if index in special else "text") for index in range(self.vocab_size)]
+
+
+def _load_sentencepiece(content: bytes) -> Any:
+    model = sentencepiece.SentencePieceProcessor()
+    model.LoadFromSerializedProto(content)
+    return model
+
+
+def _load_hugging_face(tree: dict[str, Any]) -> Any:
+    import tokenizers  # takes a while, and most runs use SentencePiece
+
+    model = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    model.encode_special_tokens = True
+    model.no_truncation()
+    model.no_padding()
+    return model
+
+
+def _encode_hugging_face(model: Any, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in model.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -248,76 +299,3 @@ def record_extension(base_path: str | Path, extended_path: str | Path) -> Tokeni
             )
     _write_extends(extended.file, sorted({*extended.extends, *base.extends, base.fingerprint}))
     return load_tokenizer(extended.file)
-
-
-# ---------------------------------------------------------------------------------------------- training
-
-_LINE_CHARACTERS = 4000
-# Unigram sums its statistics a thread at a time: another number of threads would train another model.
-_THREADS = 4
-
-
-def train_tokenizer(
-    inputs: Sequence[str],
-    out: Path,
-    vocab_size: int,
-    model_type: Literal["bpe", "unigram"] = "bpe",
-    field: str = "text",
-) -> Tokenizer:
-    """Trains a SentencePiece model on raw documents and publishes it at `out`, whose name must end with .model.
-
-    The same inputs give the same bytes. Nothing is normalised and bytes stand in for characters without a piece of
-    their own, so text comes back byte for byte; digits are split, so numbers are read digit by digit. Ids: 0 unknown,
-    1 BOS, 2 EOS. inputs: as for prepare. SentencePiece holds all text in memory: give it a sample of up to some GB.
-    DataError for what is wrong with the inputs, or a vocab_size that they cannot fill.
-    """
-    if out.suffix != ".model":
-        raise DataError(f"{out}: the name of a SentencePiece model must end with .model.")
-    lines = _TrainingLines(read_documents(inputs, Reading(field=field)))
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type=model_type,
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            max_sentence_length=4 * _LINE_CHARACTERS,
-            num_threads=_THREADS,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if lines.failure is not None:
-            raise lines.failure from None
-        reason = str(error).rpartition("] ")[2].strip() or "there is no text in the inputs"
-        raise DataError(f"{out}: SentencePiece cannot train with vocab_size {vocab_size}: {reason}") from None
-    with disk_errors(out, "the tokenizer"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    publish_bytes(out, model.getvalue(), "the tokenizer")
-    return load_tokenizer(out)
-
-
-class _TrainingLines:
-    """Documents as the lines that SentencePiece's trainer takes, cut where they are longer than it takes.
-
-    The trainer turns whatever its iterator raises into a RuntimeError of its own: `failure` keeps the original.
-    """
-
-    def __init__(self, documents: Iterator[str]) -> None:
-        self.documents = documents
-        self.failure: BaseException | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            for document in self.documents:
-                for line in document.split("\n"):
-                    for start in range(0, len(line), _LINE_CHARACTERS):
-                        yield line[start : start + _LINE_CHARACTERS]
-        except BaseException as error:
-            self.failure = error
-            raise

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megacl.data.shards import open_documents, open_source
-from megacl.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from megacl.data.tokenizer import Tokenizer, load_tokenizer
+from megacl.data.tokenizer_training import train_tokenizer
 
 
 def write_lines(path: Path, texts: Sequence[str]) -> Path:

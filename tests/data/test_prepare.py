@@ -24,7 +24,8 @@ from megacl.data.inputs import find_inputs, identify
 from megacl.data.manifest import InputFile, read_inputs
 from megacl.data.prepare import prepare
 from megacl.data.shards import Source, open_source
-from megacl.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from megacl.data.tokenizer import Tokenizer, load_tokenizer
+from megacl.data.tokenizer_training import train_tokenizer
 from megacl.data.verify import verify_source
 from megacl.errors import ConfigError, DataError, LaunchError, MegaclError
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from megacl.data.documents import read_documents
-from megacl.data.tokenizer import Tokenizer, load_tokenizer, record_extension, train_tokenizer
+from megacl.data.tokenizer import Tokenizer, load_tokenizer, record_extension
+from megacl.data.tokenizer_training import train_tokenizer
 from megacl.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
