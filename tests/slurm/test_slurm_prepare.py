@@ -11,7 +11,7 @@ import jinja2
 import pytest
 from slurm_cluster import PACKAGES, Cluster, Job, missing_programs
 
-from megacl.data.tokenizer import train_tokenizer
+from megacl.data.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 240
