@@ -145,6 +145,8 @@ class RunConfig:
     order: Literal["v1"] = "v1"
     boundaries: Literal["ignore", "attention"] = "ignore"
     """attention: tokens do not look across the documents of a sequence, and positions restart in each."""
+    packing: Literal["cut", "best_fit"] = "cut"
+    """cut: sequences are cut where they fall; best_fit: documents that fit stay whole, and the rest is padding."""
     start_from: str | None = None
     """A model to go on from, weights and history: RUN, RUN@PHASE, RUN@STEP, or a checkpoint's folder."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from megacl import engine_deepspeed
 from megacl.config import EngineConfig, OptimizerConfig
+from megacl.data.packing import PADDING
 from megacl.errors import CheckpointError, LaunchError
+from megacl.kernels import IGNORED
 from megacl.model.gpt import GPT
 from megacl.optimizer import build_optimizer
 from megacl.parallel.ranks import Ranks
@@ -31,7 +33,7 @@ class StepResult:
     """What one step did; the same on every rank."""
 
     loss: float
-    """Mean over the global batch, nats per token, before the update."""
+    """Mean over the targets of the global batch, nats per token, before the update."""
     grad_norm: float
     """Of the whole gradient, before clipping; inf or nan where the gradient is not finite."""
     applied: bool
@@ -42,26 +44,35 @@ class StepResult:
 class Engine(ABC):
     """A model under training. With several ranks every method must be called on all of them, in the same order."""
 
-    def __init__(self, model: GPT, forward: nn.Module, config: EngineConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: GPT, forward: nn.Module, config: EngineConfig, device: torch.device, world_size: int
+    ) -> None:
         self._model = model
         self._forward = forward  # the model, or DeepSpeed's engine around it
         self._config = config
         self._device = device
+        self._world_size = world_size
         self._updates = 0
 
-    def step(self, tokens: NDArray[np.int64], lr: float) -> StepResult:
+    def step(self, tokens: NDArray[np.int64], lr: float, *, targets: int | None = None) -> StepResult:
         """One optimizer step on the global batch of which `tokens`, int64 [rows, T + 1], is this rank's slice.
 
         Each rank must give as many rows. They are taken micro_batch_size at a time; LaunchError where that does not
-        divide them.
+        divide them. targets: how many tokens the global batch predicts, where some of its tokens are PADDING; None
+        where none is.
         """
         micro_batches = self._micro_batches(tokens)
-        targets = tokens.shape[0] * (tokens.shape[1] - 1)
+        # Ranks average their gradients, so each divides by an equal share of all targets, however many are its own.
+        share = tokens.shape[0] * (tokens.shape[1] - 1) if targets is None else targets / self._world_size
         loss = torch.zeros((), device=self._device)
         self._forward.train()
         for index, batch_BT in enumerate(micro_batches, start=1):
+            inputs_BT, targets_BT = batch_BT[:, :-1], batch_BT[:, 1:]
+            if targets is not None:  # behind a row's last document any input will do: nothing looks back at it
+                inputs_BT = inputs_BT.clamp(min=0)
+                targets_BT = targets_BT.masked_fill(targets_BT == PADDING, IGNORED)
             with self._autocast():
-                part = self._forward(batch_BT[:, :-1], batch_BT[:, 1:]) / targets
+                part = self._forward(inputs_BT, targets_BT) / share
             self._backward(part, last=index == len(micro_batches))
             loss += part.detach()
         result = self._update(loss, lr)
@@ -178,7 +189,7 @@ class NativeEngine(Engine):
                 f"engine.precision {config.precision} on a CPU is many times slower than fp32; there is no GPU here.",
                 stacklevel=3,
             )
-        super().__init__(model, model.to(device), config, device)
+        super().__init__(model, model.to(device), config, device, ranks.world_size)
         self._max_grad_norm = optimizer.max_grad_norm
         self._optimizer = build_optimizer(model, optimizer)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -248,7 +259,7 @@ class DeepSpeedEngine(Engine):
             max_grad_norm=optimizer.max_grad_norm,
             ranks=ranks,
         )
-        super().__init__(model, self._deepspeed, config, device)
+        super().__init__(model, self._deepspeed, config, device, ranks.world_size)
         self._ranks = ranks
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:

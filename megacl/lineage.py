@@ -113,6 +113,8 @@ class PhaseRecord:
     order: Literal["v1"]
     seed: int
     seq_length: int
+    packing: Literal["cut", "best_fit"] = "cut"
+    """How its sequences were made; padding counts as tokens wherever tokens are counted."""
     global_batch_size: int
     budget_samples: int
     samples: int = 0
@@ -223,10 +225,11 @@ def describe(lineage: Lineage) -> str:
     """The lineage as readable text: a paragraph a phase."""
     lines: list[str] = []
     for number, phase in enumerate(lineage.phases):
+        packed = "packed " if phase.packing == "best_fit" else ""
         state = "" if phase.samples == phase.budget_samples else f" of {phase.budget_samples * phase.seq_length:,}"
         lines.append(f"phase {number}  {phase.name}  (run {phase.run})")
         lines.append(
-            f"  {phase.tokens:,}{state} tokens in {phase.samples:,} sequences of {phase.seq_length}, "
+            f"  {phase.tokens:,}{state} tokens in {phase.samples:,} {packed}sequences of {phase.seq_length}, "
             f"{phase.global_batch_size} a step, seed {phase.seed}, order {phase.order}"
         )
         peak = phase.schedule.get("max_lr")

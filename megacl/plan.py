@@ -41,6 +41,7 @@ def begin_phase(config: RunConfig, index: int, lineage: Lineage, sources: Mappin
         run=Path(config.run_dir).name,
         seed=config.seed,
         seq_length=config.seq_length_of(phase),
+        packing=config.packing,
         global_batch_size=config.batch_size_of(phase),
         steps=config.steps_of(phase),
         schedule=to_tree(phase.schedule),
@@ -169,10 +170,12 @@ def plan_text(config: RunConfig, *, resume: bool = True) -> Iterator[str]:
     for name in missing:
         yield f"source {name}: not prepared yet; training prepares it first"
     warned: dict[int, list[str]] = {}
+    packed: dict[int, list[str]] = {}
     if not missing:
         found = find_inputs(config, origin, open_sources(config, origin))
         for index, stream, after in plan_phases(found):
             records[index], warned[index] = after.phases[-1], notices(found.config, index, stream)
+            packed[index] = stream.packings()
     total = all_steps = flops = 0
     for index, phase in enumerate(config.phases):
         record = records.get(index)
@@ -192,7 +195,7 @@ def plan_text(config: RunConfig, *, resume: bool = True) -> Iterator[str]:
             f"{last_lr:.4g} at the last"
         )
         if record and not missing:
-            yield from (f"  {line}" for line in _reading(record))
+            yield from (f"  {line}" for line in (*_reading(record), *packed.get(index, ())))
         yield from (f"  warning: {line}" for line in warned.get(index, []))
     yield f"{total:,} tokens, {all_steps:,} steps, {flops:.3g} FLOPs in all"
 

@@ -1,9 +1,9 @@
 """What a run can go on from: its own newest checkpoint, a parent's, or nothing; and whether it still is the same run.
 
 What makes a run itself must match what its directory holds: the model, the tokenizer, the data, order, boundaries,
-seed, optimizer, and for every phase that has begun its mixture, replay, batch, budget and schedule. How the arithmetic
-is carried out (engine, ranks, micro batch) and how it is watched (logging, evaluation, checkpoints) may change; phases
-may be appended, and those that have not begun may be edited.
+packing, seed, optimizer, and for every phase that has begun its mixture, replay, batch, budget and schedule. How the
+arithmetic is carried out (engine, ranks, micro batch) and how it is watched (logging, evaluation, checkpoints) may
+change; phases may be appended, and those that have not begun may be edited.
 """
 
 import contextlib
@@ -176,7 +176,7 @@ def _generation(name: str, source: SourceConfig, stored: RunConfig | None) -> in
     return source.generation
 
 
-_IDENTITY = ("model", "seed", "order", "boundaries", "start_from", "optimizer")
+_IDENTITY = ("model", "seed", "order", "boundaries", "packing", "start_from", "optimizer")
 
 
 def _check_same_run(config: RunConfig, stored: RunConfig, begun: int, run_dir: Path) -> None:

@@ -16,11 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+import numpy as np
+
 from megacl.checkpoint import RunState, newest_checkpoint, prune_checkpoints, save_checkpoint, sweep_unfinished
 from megacl.config import RunConfig
 from megacl.config_phase import PhaseConfig
 from megacl.configfile import dump
 from megacl.data.loader import Loader
+from megacl.data.packing import PADDING
 from megacl.data.provide import missing_sources, provide_sources
 from megacl.data.shards import Source
 from megacl.engine import Engine, build_engine
@@ -195,6 +198,8 @@ class _Run:
                 self._publish_lineage()
         batch_size = config.batch_size_of(phase)
         stream = open_phase(self.lineage, self.inputs)
+        for line in stream.packings():
+            self.log.say(line)
         loader = Loader(
             stream,
             batch_size=batch_size,
@@ -208,7 +213,8 @@ class _Run:
         for batch in loader:
             samples = batch.first_sample + batch_size
             lr = schedule(samples // batch_size)
-            self._step(phase, batch.tokens, lr, samples=samples, tokens_seen=before + samples * stream.seq_length)
+            tokens_seen = before + samples * stream.seq_length
+            self._step(phase, batch.tokens, lr, samples=samples, tokens_seen=tokens_seen, padded=stream.padded)
             self.lineage = self.lineage.with_phase(stream.seen(samples, lr))
             ended = samples == stream.record.budget_samples
             told_to_stop = self.ranks.any(self.stop.received)
@@ -228,9 +234,12 @@ class _Run:
                 return "stopped"
         return "done"
 
-    def _step(self, phase: PhaseConfig, tokens: Any, lr: float, *, samples: int, tokens_seen: int) -> None:
+    def _step(
+        self, phase: PhaseConfig, tokens: Any, lr: float, *, samples: int, tokens_seen: int, padded: bool
+    ) -> None:
         start = time.perf_counter()
-        result = self.engine.step(tokens, lr)
+        targets = int(self.ranks.sum(np.array([np.count_nonzero(tokens[:, 1:] != PADDING)]))[0]) if padded else None
+        result = self.engine.step(tokens, lr, targets=targets)
         seconds = time.perf_counter() - start
         self.step += 1
         config = self.config
@@ -258,6 +267,7 @@ class _Run:
             seconds=seconds,
             tokens_per_second=rate,
             flops_per_second=flops,
+            **({"real_tokens": targets} if padded else {}),
         )
         text = f"{phase.name}  loss {result.loss:.4f}  lr {lr:.3g}  {rate:,.0f} tokens/s  {flops / 1e9:,.1f} GFLOP/s"
         self.log.progress(self.step, self.total_steps, text)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megacl.config import EngineConfig, OptimizerConfig
+from megacl.data.packing import PADDING
 from megacl.engine import Engine, build_engine
 from megacl.errors import CheckpointError, LaunchError
 from megacl.model.config import ModelConfig
@@ -41,6 +42,14 @@ State = dict[str, dict[str, np.ndarray]]
 def batch(step: int) -> np.ndarray:
     """The global batch of a step: the tokens of a small alphabet, so that there is something to learn."""
     return np.random.Generator(np.random.Philox([3, step])).integers(0, 50, (ROWS, LENGTH + 1))
+
+
+def pad(tokens: np.ndarray) -> np.ndarray:
+    """The batch with padding behind 12, 11, ..., 5 targets of its rows: each rank and micro batch has others."""
+    tokens = tokens.copy()
+    for row, line in enumerate(tokens):
+        line[LENGTH + 1 - row :] = PADDING
+    return tokens
 
 
 def rate(step: int) -> float:
@@ -88,6 +97,7 @@ def train(
     go_on_from: Outcome | None = None,
     reset_before: int | None = None,
     document_end: int | None = None,
+    padded: bool = False,
     **settings: Any,
 ) -> Outcome:
     """Trains on this rank's slices; everything that a test compares is in the outcome."""
@@ -103,7 +113,9 @@ def train(
     for step in steps:
         if step == reset_before:
             engine.reset_optimizer()
-        result = engine.step(batch(step)[mine], rate(step))
+        tokens = pad(batch(step)) if padded else batch(step)
+        targets = int((tokens[:, 1:] != PADDING).sum()) if padded else None
+        result = engine.step(tokens[mine], rate(step), targets=targets)
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
         outcome.applied.append(result.applied)
@@ -329,6 +341,31 @@ def test_documents_are_kept_apart_under_zero_as_in_native(stage, apart, undistur
     assert abs(apart.losses[-1] - undisturbed.losses[4]) > 1e-4
     settings = {"micro_batch_size": 2, "activation_checkpointing": "full" if stage == 3 else "none"}
     assert_close(train_zero(stage, range(5), document_end=7, **settings), apart)
+
+
+@pytest.fixture(scope="module")
+def padded() -> Outcome:
+    return train_native(range(5), padded=True)
+
+
+def test_a_padded_batch_gives_the_mean_over_its_real_targets(padded):
+    model = build_model(NEOX, seed=1)
+    rows = [torch.from_numpy(row[row != PADDING]) for row in pad(batch(0))]
+    nats = sum(model(row[None, :-1], row[None, 1:]) for row in rows)
+    loss = nats / sum(len(row) - 1 for row in rows)
+    loss.backward()
+    assert padded.losses[0] == pytest.approx(loss.item(), rel=1e-6)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    assert padded.norms[0] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_the_micro_batch_does_not_change_the_losses_of_padded_batches(padded):
+    assert_close(train_native(range(5), padded=True, micro_batch_size=1), padded)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_padded_batches_train_alike_on_two_ranks_that_hold_unlike_parts(stage, padded):
+    assert_close(train_zero(stage, range(5), padded=True, micro_batch_size=2), padded)
 
 
 @pytest.mark.long

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import Prepared
-from runs import command_line, losses, metrics
+from runs import command_line, last_state, losses, metrics, start
 from torch.nn import functional
 
-from megacl.checkpoint import find_checkpoint, open_checkpoint
+from megacl.checkpoint import find_checkpoint, list_checkpoints, open_checkpoint
 from megacl.configfile import from_tree, load
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.errors import ConfigError
@@ -80,6 +82,18 @@ def losses_of_a_plain_loop(run_dir: Path) -> list[float]:
     return expected
 
 
+@pytest.fixture(scope="module")
+def packed(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of both phases whose documents are packed whole and kept apart."""
+    run_dir = tmp_path_factory.mktemp("runs") / "packed"
+    assert train(from_tree(packed_tree(prepared, run_dir))) == "done"
+    return run_dir
+
+
+def packed_tree(prepared: Prepared, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    return prepared.tree(run_dir, boundaries="attention", packing="best_fit", seq_length=192, **changes)
+
+
 # ---------------------------------------------------------------------------------------------- boundaries
 
 
@@ -112,3 +126,57 @@ def test_held_out_documents_are_evaluated_under_the_boundaries_of_the_run(
 def test_a_run_cannot_change_its_boundaries(apart: Path, prepared: Prepared) -> None:
     with pytest.raises(ConfigError, match="with boundaries 'attention', and this configuration has 'ignore'"):
         train(from_tree(prepared.tree(apart)))
+
+
+# ---------------------------------------------------------------------------------------------- packing
+
+
+def test_losses_of_packed_documents_are_those_of_a_plain_loop_over_single_documents(packed: Path) -> None:
+    assert losses(packed) == pytest.approx(losses_of_a_plain_loop(packed), rel=1e-5)
+
+
+def test_packed_runs_on_two_ranks_under_zero_give_the_losses_of_native_on_one(
+    prepared: Prepared, packed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    engine = {"kind": "deepspeed", "zero_stage": 2, "micro_batch_size": 3}
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(packed_tree(prepared, run_dir, engine=engine)))
+    launcher = ["torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    process = start("train", str(config), launcher=launcher)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert losses(run_dir) == pytest.approx(losses(packed), rel=1e-5)
+    assert [record["real_tokens"] for record in metrics(run_dir, "step")] == [
+        record["real_tokens"] for record in metrics(packed, "step")
+    ]
+
+
+def test_a_packed_run_resumes_bitwise(prepared: Prepared, packed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(packed, run_dir)
+    for path in list_checkpoints(run_dir)[1:]:
+        shutil.rmtree(path)
+    assert train(from_tree(packed_tree(prepared, run_dir))) == "done"
+    assert losses(run_dir) == losses(packed)
+    assert last_state(run_dir) == last_state(packed)
+
+
+def test_a_packed_run_says_how_full_its_sequences_are_and_counts_their_tokens(
+    prepared: Prepared, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = metrics(packed, "step")
+    real = sum(record["real_tokens"] for record in steps)
+    assert 0.7 * steps[-1]["tokens"] < real < steps[-1]["tokens"] == 20 * 12 * 192
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(packed_tree(prepared, tmp_path / "run")))
+    _, out, _ = command_line(capsys, "train", str(config), "--dry-run")
+    assert re.search(r"english: packed into \d+ sequences, \d\d\.\d\d% full", out)
+    _, out, _ = command_line(capsys, "lineage", str(packed))
+    assert "144 packed sequences of 192" in out
+
+
+def test_a_run_cannot_change_its_packing(prepared: Prepared, packed: Path) -> None:
+    tree = {**packed_tree(prepared, packed), "packing": "cut"}
+    with pytest.raises(ConfigError, match="with packing 'best_fit', and this configuration has 'cut'"):
+        train(from_tree(tree))

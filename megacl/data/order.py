@@ -11,6 +11,7 @@ a and b will do), make a bijection of [0, a b); what falls outside [0, n) is sen
 SplitMix64 (Steele, Lea & Flood 2014). A change of any of this is order v2, beside this one: runs depend on every bit.
 """
 
+import functools
 import hashlib
 import math
 
@@ -75,3 +76,51 @@ def _feistel(index: _UInt64, keys: _UInt64, a: int, b: int) -> _UInt64:
         else:
             right = (right + _mix(left ^ keys) % np.uint64(b)) % np.uint64(b)
     return left * np.uint64(b) + right
+
+
+class WindowedOrder:
+    """Draws from lists of items, such as shards of sequences: the lists in random order, mixed within windows.
+
+    In each epoch the lists stand in a new random order, and the items of each `window` consecutive ones are permuted
+    among themselves, so that a list is needed during one window of an epoch only. Memory is O(lists) for each epoch in
+    use; a draw costs O(log lists).
+    """
+
+    def __init__(self, counts: Int64, window: int, key: int) -> None:
+        """counts: items of each list, int64 [lists], not negative."""
+        self._lists = np.flatnonzero(counts > 0)
+        self._counts = counts[self._lists]
+        self._window, self._key = window, key
+        self.n = int(self._counts.sum())
+        """Items in one epoch."""
+        self._arranged = functools.lru_cache(maxsize=2)(self._arrange)  # a batch may begin the next epoch
+
+    def _arrange(self, epoch: int) -> tuple[Int64, Int64]:
+        """The lists of an epoch in their order, as indices of `_lists`, and where each one's items end in it."""
+        lists = len(self._lists)
+        # The complement of the key, since the key itself orders the windows' items.
+        order = permuted(np.arange(lists) + epoch * lists, lists, self._key ^ (2**64 - 1))
+        return order, np.cumsum(self._counts[order])
+
+    def locate(self, draws: Int64) -> tuple[Int64, Int64]:
+        """(list, item in it) of each draw, counted over all epochs: int64 [N] -> two of int64 [N]."""
+        lists, items = np.empty_like(draws), np.empty_like(draws)
+        epochs, places = np.divmod(draws, self.n)
+        for epoch in np.unique(epochs).tolist():
+            mine = np.flatnonzero(epochs == epoch)
+            lists[mine], items[mine] = self._locate_in(epoch, places[mine])
+        return lists, items
+
+    def _locate_in(self, epoch: int, places: Int64) -> tuple[Int64, Int64]:
+        order, ends = self._arranged(epoch)
+        last = np.minimum(np.arange(self._window, len(ends) + self._window, self._window), len(ends)) - 1
+        edges = np.concatenate([[0], ends[last]])
+        windows = np.searchsorted(edges, places, side="right") - 1
+        permuted_places = np.empty_like(places)
+        for window in np.unique(windows).tolist():
+            mine = np.flatnonzero(windows == window)
+            begin, size = int(edges[window]), int(edges[window + 1] - edges[window])
+            round_ = epoch * len(last) + window  # each window of each epoch is an epoch of its own to `permuted`
+            permuted_places[mine] = begin + permuted(places[mine] - begin + round_ * size, size, self._key)
+        at = np.searchsorted(ends, permuted_places, side="right")
+        return self._lists[order[at]], permuted_places - (ends[at] - self._counts[order[at]])

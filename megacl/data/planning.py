@@ -42,6 +42,7 @@ def plan_phase(
     run: str,
     seed: int,
     seq_length: int,
+    packing: Literal["cut", "best_fit"] = "cut",
     global_batch_size: int,
     steps: int,
     schedule: dict[str, Any],
@@ -70,14 +71,14 @@ def plan_phase(
             window=sources[name].window,
             fingerprint=sources[name].fingerprint,
             train_tokens=sources[name].train.tokens,
-            first=_draws_taken(lineage, sources[name], seq_length, seed),
+            first=_draws_taken(lineage, sources[name], seq_length, packing, seed),
             tokens_before=_tokens_read(lineage, sources[name]),
         )
         for name in (*phase.source_names, *((phase.replay.from_sources or ()) if phase.replay else ()))
     }
     own = tuple(records[name] for name in phase.source_names)
     left = [
-        max(0, build_sequences(sources[record.name], seq_length, seed, record.window).n - record.first)
+        max(0, build_sequences(sources[record.name], seq_length, seed, record.window, packing).n - record.first)
         if phase.when_exhausted != "repeat"
         else _ENDLESS
         for record in own
@@ -102,6 +103,7 @@ def plan_phase(
         order="v1",
         seed=seed,
         seq_length=seq_length,
+        packing=packing,
         global_batch_size=global_batch_size,
         budget_samples=steps * global_batch_size,
         tokenizer=sources[next(iter(phase.mixture))].tokenizer_fingerprint,
@@ -137,11 +139,11 @@ def _check_names(phase: PhaseConfig, sources: Mapping[str, Source]) -> None:
             )
 
 
-def _draws_taken(lineage: Lineage, source: Source, seq_length: int, seed: int) -> int:
-    """How many draws from a source, in this cut and order, the model has seen."""
+def _draws_taken(lineage: Lineage, source: Source, seq_length: int, packing: str, seed: int) -> int:
+    """How many draws from a source, in this cut or packing and order, the model has seen."""
     taken = 0
     for phase in lineage.phases:
-        if (phase.seq_length, phase.seed) == (seq_length, seed):
+        if (phase.seq_length, phase.packing, phase.seed) == (seq_length, packing, seed):
             for record in phase.sources_read:
                 if (record.fingerprint, record.window) == (source.fingerprint, source.window):
                     taken = max(taken, record.first + record.samples)
@@ -277,6 +279,7 @@ def _plan_replay(
                 for source, count in zip(whole, counts, strict=True)
             ),
         )
+    earlier = {phase.name: phase for phase in lineage.phases}
     draws = {phase.name: draws_in_a_round(phase, seq_length) for phase in lineage.phases}
     weights = replay.from_ or policy_weights(replay, lineage, _replayable(name, draws))
     for phase in weights:
@@ -284,6 +287,7 @@ def _plan_replay(
             raise ConfigError(
                 f"phase {name!r} replays {phase!r}, which the model has not been through; it knows {', '.join(draws)}."
             )
+        _check_recut(name, earlier[phase], seq_length)
         if not draws[phase]:
             raise DataError(
                 f"phase {phase!r} saw too few tokens of its own to replay one sequence of {seq_length}; "
@@ -308,6 +312,14 @@ def _plan_replay(
             )
         pieces = _before(pieces, samples) or pieces
     return ReplayRecord(share=share, policy=replay.policy, mixture=pieces, from_=entries)
+
+
+def _check_recut(name: str, earlier: PhaseRecord, seq_length: int) -> None:
+    if earlier.packing == "best_fit" and earlier.seq_length != seq_length:
+        raise ConfigError(
+            f"phase {name!r} replays {earlier.name!r}, whose sequences of {earlier.seq_length} are packed and cannot "
+            f"be cut to {seq_length}; give this phase seq_length {earlier.seq_length}, or name others in replay.from."
+        )
 
 
 def _replayable(name: str, draws: Mapping[str, int]) -> list[str]:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from megacl.data.mixture import Mixture
 from megacl.data.order import Int64, permuted
+from megacl.data.packing import PackedSequences
 from megacl.data.replay import Recut, is_replayed, replay_key, replayed_before
-from megacl.data.sequences import Sequences, WindowedSequences, build_sequences
+from megacl.data.sequences import AnySequences, build_sequences
 from megacl.data.shards import Source, open_source
 from megacl.errors import DataError
 from megacl.lineage import Lineage, MixturePiece, PhaseRecord, SourceRecord
@@ -56,14 +57,14 @@ class Located:
     source: Int64
     """Index in `PhaseStream.sources`."""
     start: Int64
-    """Where in the source's training stream the sample's first token lies."""
+    """Where in the source's training stream the sample's first token lies; a packed sample's row (data/packing.py)."""
 
 
 @dataclass(frozen=True)
 class _OwnSamples:
     """A phase's own samples, those that are not replayed, by their number."""
 
-    cuts: tuple[Sequences | WindowedSequences, ...]
+    cuts: tuple[AnySequences, ...]
     firsts: Int64
     numbers: Int64
     """The sources' places in the stream's list."""
@@ -149,7 +150,7 @@ class PhaseStream:
             numbers.append(self._numbers[source.fingerprint])
         return _OwnSamples(
             cuts=tuple(
-                build_sequences(self.sources[number], phase.seq_length, phase.seed, source.window)
+                build_sequences(self.sources[number], phase.seq_length, phase.seed, source.window, phase.packing)
                 for number, source in zip(numbers, records, strict=True)
             ),
             firsts=np.array([source.first for source in records], dtype=np.int64),
@@ -165,6 +166,21 @@ class PhaseStream:
     def seq_length(self) -> int:
         """T: tokens that a sample predicts."""
         return self.record.seq_length
+
+    @property
+    def padded(self) -> bool:
+        """Whether samples may end with PADDING: own ones, or those of a replayed phase."""
+        every = [self._own, *(replayed.own for replayed in self._replayed_phases)]
+        return any(isinstance(cut, PackedSequences) for samples in every for cut in samples.cuts)
+
+    def packings(self) -> list[str]:
+        """How full the phase's own packed sequences are, a line a source."""
+        every = [*self._own.cuts, *(self._replayed_sources.cuts if self._replayed_sources else ())]
+        return [
+            f"{cut.source.name}: packed into {cut.n:,} sequences, {cut.fill:.2%} full"
+            for cut in every
+            if isinstance(cut, PackedSequences)
+        ]
 
     def _parts(self, samples: Int64) -> tuple[NDArray[np.bool_], Int64]:
         """Which samples are replayed ones, and each one's number among its kind."""
@@ -194,7 +210,7 @@ class PhaseStream:
         return Located(replayed, phase, source, start)
 
     def read(self, samples: Int64) -> Int64:
-        """Tokens, int64 [N, T + 1], of samples, int64 [N] in [0, budget)."""
+        """Tokens, int64 [N, T + 1], of samples, int64 [N] in [0, budget); where `padded`, some are PADDING."""
         replayed, number = self._parts(samples)
         tokens = np.empty((samples.size, self.seq_length + 1), dtype=np.int64)
         new, again = np.flatnonzero(~replayed), np.flatnonzero(replayed)
@@ -259,7 +275,7 @@ class PhaseStream:
         ]
         lines += [
             f"phase {whole.name!r} reads source {source.name!r} in an order of its own, of which the model has read "
-            f"{source.tokens_before:,} tokens in another (other generation, seed or seq_length): some come again"
+            f"{source.tokens_before:,} tokens in another (other generation, seed, seq_length, packing): some come again"
             for source in whole.sources_read
             if source.tokens_before and not source.first and source.epochs <= 1
         ]

@@ -1,7 +1,7 @@
 """Sources for tests whose tokens say where they lie: token p of source s is s * 100,000 + p."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -63,6 +63,7 @@ def begin(
     seq_length: int,
     batch: int,
     seed: int = 0,
+    packing: Literal["cut", "best_fit"] = "cut",
 ) -> PhaseStream:
     """The stream of a phase that begins after `lineage`."""
     assert phase.steps is not None
@@ -73,6 +74,7 @@ def begin(
         run="test",
         seed=seed,
         seq_length=seq_length,
+        packing=packing,
         global_batch_size=batch,
         steps=phase.steps,
         schedule=to_tree(phase.schedule),
