@@ -60,7 +60,7 @@ def find_inputs(inputs: Sequence[str], reading: Reading) -> Inputs:
             if not matches:
                 raise DataError(f"{name}: no file matches this pattern. Check it, and quote it for the shell.")
             found, others = _search(matches)
-        elif stat.S_ISDIR(_stat(name).st_mode):
+        elif os.path.isdir(name):
             found, others = _search([name])
         else:
             found, others = [_named(name)], []
@@ -76,6 +76,7 @@ def _named(name: str) -> str:
     """The file of documents that a single name stands for: of Megatron's two files the .bin."""
     form = form_of(name)
     if form is None:
+        _stat(name)  # that it is not there matters more
         archive = name.endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".7z", ".rar"))
         raise DataError(
             f"{name}: an archive; unpack it, and give the folder."
@@ -172,6 +173,8 @@ def _describe(name: str) -> RawFile:
     form, compression = known
     paths = (name, f"{name.removesuffix('.bin')}.idx") if form == "megatron" else (name,)
     for path in paths:
+        if form == "megatron" and not os.path.exists(path):
+            raise DataError(f"{path}: no such file, and a Megatron dataset is a .bin and an .idx file. Copy both.")
         if not stat.S_ISREG(_stat(path).st_mode):
             raise DataError(f"{path}: not a file but a pipe or a device. Write its content to a file and give that.")
         with disk_named(path), open(path, "rb"):

@@ -111,12 +111,13 @@ def read(
 ) -> Iterator[tuple[int, Document | BadDocumentError]]:
     """The segment's documents, see megacl.data.forms."""
     is_text = segment.file.form == "txt"
+    without_bom = not is_text or reading.encoding == "utf-8-sig"
     if _is_one_document(segment.file, reading):
-        found = iter([(0, _whole(segment.file))])
+        found = iter([(0, _whole(segment.file, without_bom))])
     elif is_text:
-        found = _paragraphs(segment, reading.encoding == "utf-8-sig")
+        found = _paragraphs(segment, without_bom)
     else:
-        lines = _lines(segment, beyond_end=False, without_bom=True)
+        lines = _lines(segment, beyond_end=False, without_bom=without_bom)
         found = ((position, line) for position, line in lines if line and not line.isspace())
     decode = reading.text_of if is_text else reading.text_of_line
     is_utf8 = segment.content is not None and not reading.cuts_at_newlines
@@ -142,7 +143,7 @@ def place(segment: Segment, position: int) -> str:
     return f"{segment.file.name}:{count + 1}"
 
 
-def _whole(file: RawFile) -> bytes:
+def _whole(file: RawFile, without_bom: bool) -> bytes:
     content = bytearray()
     with open(file.paths[0], "rb") as raw:
         for piece in read_pieces(raw, file):
@@ -152,7 +153,7 @@ def _whole(file: RawFile) -> bytes:
                     f"{file.name}: a text file is one document, and this one is longer than {MAX_TEXT_FILE:,} bytes. "
                     "Give --text paragraphs to cut it at blank lines, or split it."
                 )
-    return bytes(content)
+    return bytes(content).removeprefix(BOM) if without_bom else bytes(content)
 
 
 def _paragraphs(segment: Segment, without_bom: bool) -> Iterator[tuple[int, bytes]]:

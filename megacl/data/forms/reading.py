@@ -73,11 +73,15 @@ class Reading:
 
     def text_of(self, content: bytes, *, is_utf8: bool = False) -> str:
         """A plain text document. BadDocumentError for bytes that are not of the encoding (or of UTF-8)."""
-        return self.finish(_decode(content, "utf-8" if is_utf8 else self.encoding, self.encoding, "the text"))
+        return self.finish(_decode(content, self._codec(is_utf8), self.encoding, "the text"))
+
+    def _codec(self, is_utf8: bool) -> str:
+        # A byte order mark stands before a file's first document only, so who reads the file takes it away.
+        return "utf-8" if is_utf8 or self.encoding == "utf-8-sig" else self.encoding
 
     def text_of_line(self, line: bytes, *, is_utf8: bool = False) -> str:
         """The text in a JSON object. BadDocumentError if there is none, or the bytes are not of the encoding."""
-        encoding = "utf-8" if is_utf8 or self.encoding == "utf-8-sig" else self.encoding
+        encoding = self._codec(is_utf8)
         try:
             # Three times as fast as `json`, and without a second copy of a long line; what it refuses, `json` decides.
             document = from_json(line if encoding == "utf-8" else line.decode(encoding), cache_strings="keys")

@@ -17,6 +17,7 @@ from megacl.data.forms.reading import Reading
 from megacl.errors import DataError
 
 _BATCH_BYTES = 2**22
+_READ_BYTES = 2**20
 _ARROW_FILE_MAGIC = b"ARROW1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -109,8 +110,12 @@ class _DamagedError(Exception):
 
 @contextmanager
 def _open(file: RawFile, reading: Reading) -> Iterator["_Parquet | _Arrow"]:
-    with pa.memory_map(file.paths[0]) as mapped:
-        yield _Parquet(mapped, file, reading) if file.form == "parquet" else _Arrow(mapped, file, reading)
+    if file.form == "parquet":
+        with pa.OSFile(file.paths[0]) as opened:
+            yield _Parquet(opened, file, reading)
+    else:
+        with pa.memory_map(file.paths[0]) as opened:
+            yield _Arrow(opened, file, reading)
 
 
 def _column_of(schema: Any, file: RawFile, field: str) -> str:
@@ -123,11 +128,11 @@ def _column_of(schema: Any, file: RawFile, field: str) -> str:
 
 
 class _Parquet:
-    def __init__(self, mapped: Any, file: RawFile, reading: Reading) -> None:
+    def __init__(self, opened: Any, file: RawFile, reading: Reading) -> None:
         from pyarrow.parquet import ParquetFile  # 20 ms, and most inputs are none
 
         # Page by page: otherwise the whole of a column in a row group would lie in memory.
-        self.file = ParquetFile(mapped, buffer_size=_BATCH_BYTES, pre_buffer=False)
+        self.file = ParquetFile(opened, buffer_size=_READ_BYTES, pre_buffer=False)
         self.column = _column_of(self.file.schema_arrow, file, reading.field)
         # Of a struct only the child that is asked for; a list's children have names of their own, so all of them.
         paths = [self.file.schema.column(index).path for index in range(len(self.file.schema))]
