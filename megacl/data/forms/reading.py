@@ -20,6 +20,8 @@ from megacl.errors import ConfigError
 
 BOM = codecs.BOM_UTF8
 
+_ASCII = bytes(range(128)).decode("ascii")
+
 
 def _mark(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeDecodeError)
@@ -55,17 +57,19 @@ class Reading:
 
     @property
     def cuts_at_newlines(self) -> bool:
-        """Whether every byte 0x0A ends a line and ASCII is ASCII, so that a file can be cut at any of them."""
-        if self.encoding in ("utf-8", "utf-8-sig"):
+        """Whether every byte 0x0A ends a line and ASCII is ASCII, so that a file can be cut at any of them.
+
+        That is so in UTF-8 and in all encodings of a byte a character that contain ASCII.
+        """
+        if self.encoding in ("utf-8", "utf-8-sig", "ascii"):
             return True
-        ascii_bytes = bytes(range(128))
         try:
-            return (
-                ascii_bytes.decode(self.encoding) == ascii_bytes.decode("ascii")
-                and len(bytes(range(256)).decode(self.encoding, "replace")) == 256
-            )
+            decoded = bytes(range(256)).decode(self.encoding, "replace")
         except UnicodeError:
             return False
+        # ISO-2022-JP has none of the upper bytes: there a byte's meaning depends on those before it.
+        some_defined = decoded[128:] != "\ufffd" * 128
+        return len(decoded) == 256 and decoded[:128] == _ASCII and some_defined
 
     def transcoder(self) -> codecs.IncrementalDecoder:
         """A decoder that puts a mark where bytes are wrong: encoded with "surrogatepass", it is no UTF-8."""
