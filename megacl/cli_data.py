@@ -1,12 +1,16 @@
 """The verbs of `megacl data`: look at prepared data and look after it. Each imports what it needs inside."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from megacl.errors import ConfigError
+
 if TYPE_CHECKING:
     from megacl.data.prepare import PrepareReport
+    from megacl.saw import Sighting
 
 data_app = typer.Typer(help="Look after prepared data.", no_args_is_help=True)
 
@@ -30,6 +34,125 @@ def merge(out: Annotated[Path, typer.Argument(help="The data folder that tasks w
     from megacl.data.prepare import merge as merge_tasks
 
     print_prepared(out, merge_tasks(out))
+
+
+Normalize = Literal["none", "nfc", "nfkc"]
+
+
+@data_app.command()
+def remove(
+    folder: Annotated[Path, typer.Argument(help="A data folder.")],
+    documents: Annotated[
+        list[str] | None,
+        typer.Option(help="Files or folders, as prepare reads them, that hold the documents. Repeatable."),
+    ] = None,
+    hashes: Annotated[Path | None, typer.Option(help="A file of the documents' hashes, 16 hex digits a line.")] = None,
+    matching: Annotated[str | None, typer.Option(help="A regular expression that is found in their texts.")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Option(help="A folder of runs: say which of them saw the documents. Repeatable.")
+    ] = None,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Delete the earlier generations' shards that hold them, too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and stop.")] = False,
+    field: Annotated[str, typer.Option(help="With --documents: as for prepare.")] = "text",
+    encoding: Annotated[str, typer.Option(help="With --documents: as for prepare.")] = "utf-8",
+    normalize: Annotated[Normalize, typer.Option(help="With --documents: as for prepare.")] = "none",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Take documents out: a new generation without them, and who has seen them.
+
+    They are named by their texts, their hashes, or a pattern, or several of these. They do not come back by a later
+    prepare. Earlier generations keep them, unless --purge.
+    """
+    import dataclasses
+    import json
+
+    import numpy as np
+
+    from megacl.data.forms.reading import Reading
+    from megacl.data.generations import changing
+    from megacl.data.remove import Wanted, find_documents, hashes_of_texts, read_hashes, remove_documents
+    from megacl.data.workers import usable_cores
+
+    if not (documents or hashes or matching is not None):
+        raise ConfigError("name the documents to remove: --documents, --hashes or --matching.")
+    named = [read_hashes(hashes)] if hashes else []
+    if documents:
+        named.append(hashes_of_texts(documents, Reading(field, encoding, normalize)))
+    wanted = Wanted(np.concatenate([np.empty(0, np.uint64), *named]), matching)
+    workers = workers or usable_cores()
+    with changing(folder) as state:
+        matches = find_documents(state, wanted, workers)
+        sightings: list[Sighting] = []
+        problems: list[str] = []
+        if runs:
+            from megacl.saw import who_saw
+
+            sightings, problems = who_saw(state, matches, runs)
+        report = None if dry_run else remove_documents(state, matches, purge=purge, workers=workers)
+    if json_output:
+        tree = {
+            "documents": matches.documents,
+            "held_out": matches.held_out,
+            "tokens": matches.tokens,
+            "text_bytes": matches.text_bytes,
+            "hashes": [f"{value:016x}" for value in matches.hashes.tolist()],
+            "removed": dataclasses.asdict(report) if report else None,
+            "seen": [dataclasses.asdict(each) for each in sightings],
+            "problems": problems,
+        }
+        print(json.dumps(tree, indent=1, ensure_ascii=False))
+        return
+    print(
+        f"{folder}: {matches.documents:,} documents of generation {state.number} ({matches.held_out:,} held out), "
+        f"{matches.tokens:,} tokens, {matches.text_bytes:,} bytes of text; {len(matches.hashes):,} different ones over "
+        "all generations"
+    )
+    if runs:
+        _print_sightings(sightings, problems)
+    if report is None or report.generation is None:
+        print("nothing was changed")
+        return
+    print(f"generation {report.generation} is without them")
+    if report.unreadable:
+        lost = ", ".join(map(str, report.unreadable))
+        print(f"deleted {report.files:,} shards; generations that cannot be read any more: {lost}")
+
+
+def _print_sightings(sightings: "Sequence[Sighting]", problems: Sequence[str]) -> None:
+    from megacl.evaluate import table_text
+
+    if not sightings:
+        print("no run there saw them")
+    columns = [
+        "run",
+        "phase",
+        "of run",
+        "first at step",
+        "samples",
+        "documents",
+        "checkpoints that hold them",
+        "before",
+    ]
+    rows = [
+        [
+            each.run,
+            each.phase,
+            each.phase_run,
+            f"{each.first_step:,}",
+            f"{each.samples:,}",
+            f"{each.documents:,}",
+            " ".join(each.holding) or "none",
+            " ".join(each.before) or "none",
+        ]
+        for each in sightings
+    ]
+    for line in table_text(columns, rows) if rows else ():
+        print(line)
+    for problem in problems:
+        print(problem)
 
 
 def print_prepared(out: Path, report: "PrepareReport") -> None:

@@ -13,9 +13,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ from megacl.data.manifest import (
     ShardList,
     Split,
     TokenizerRecord,
+    no_manifest,
     parse_manifest,
     parse_shards,
     publish_manifest,
@@ -45,7 +47,7 @@ from megacl.data.manifest import (
     read_shards,
 )
 from megacl.errors import DataError
-from megacl.publish import disk_errors, flush_folder, publish_folder, publish_text
+from megacl.publish import alone_in, disk_errors, flush_folder, publish_folder, publish_text
 
 PREPARE_WORK, CHANGE_WORK = ".prepare", ".change"
 """Work folders in a data folder: of prepare and its tasks, and of commands that change what is there."""
@@ -76,8 +78,8 @@ class FolderState:
         """The rows of the newest generation."""
         return self.shards.at(self.number)
 
-    def manifest(self, *more: Generation) -> Manifest:
-        """The content of manifest.json with more generations."""
+    def manifest(self, *generations: Generation) -> Manifest:
+        """The content of manifest.json with these generations."""
         return Manifest(
             format=FORMAT,
             version=VERSION,
@@ -85,7 +87,7 @@ class FolderState:
             dtype=self.dtype,
             tokenizer=self.tokenizer,
             validation=self.validation,
-            generations=(*self.generations, *more),
+            generations=generations,
         )
 
 
@@ -101,6 +103,25 @@ def open_state(folder: Path) -> FolderState:
         generations=manifest.generations,
         shards=read_shards(folder).until(len(manifest.generations)),
     )
+
+
+@contextlib.contextmanager
+def changing(folder: Path) -> Iterator[FolderState]:
+    """The state of a folder that nobody else changes meanwhile, with CHANGE_WORK there to work in.
+
+    DataError if it is no data folder, or another command is at work there.
+    """
+    if not (folder / MANIFEST).exists() and not is_interrupted(folder):
+        raise no_manifest(folder)
+    with alone_in(folder, "another command"):
+        finish_interrupted(folder)
+        state = open_state(folder)
+        with disk_errors(folder / CHANGE_WORK, "the work folder"):
+            (folder / CHANGE_WORK).mkdir(exist_ok=True)
+            for file in (folder / CHANGE_WORK).glob(".*.tmp"):
+                file.unlink()  # what a killed worker was writing
+        yield state
+        clear_work(folder / CHANGE_WORK)
 
 
 @dataclass(frozen=True)
@@ -119,6 +140,8 @@ class Change:
     bad_lines: int = 0
     empty_documents: int = 0
     removed_documents: int = 0
+    purged: npt.NDArray[np.bool_] | None = None
+    """Of which rows that are not of the next generation the files are deleted: bool [rows of all generations]."""
 
 
 def publish_generation(state: FolderState, work: Path, change: Change) -> Generation:
@@ -130,6 +153,8 @@ def publish_generation(state: FolderState, work: Path, change: Change) -> Genera
     added = change.added.replaced(path=_new_names(held, change.added), added=number, removed=0)
     shards = ShardList.concat([held, added])
     rows = shards.at(number)
+    if not len(rows):
+        raise DataError(f"{state.folder}: no document would be left. Delete the folder instead.")
     generation = Generation(
         generation=number,
         shards=len(rows),
@@ -142,13 +167,17 @@ def publish_generation(state: FolderState, work: Path, change: Change) -> Genera
         empty_documents=change.empty_documents,
         removed_documents=change.removed_documents,
     )
+    purged = np.zeros(len(state.shards), np.bool_) if change.purged is None else change.purged
+    lost = {each.generation for each in state.generations if (purged & state.shards.is_at(each.generation)).any()}
+    earlier = (replace(each, purged_by=number) if each.generation in lost else each for each in state.generations)
     inputs = read_inputs(state.folder, state.number) if state.number else ()
     removed = read_removed(state.folder, state.number).and_also(change.removed, number)
     with publish_folder(work / _NEXT, "the next generation") as planned:
         new_inputs = (replace(each, generation=number) for each in change.inputs)
-        publish_manifest(planned, state.manifest(generation), shards, [*inputs, *new_inputs], removed)
-        moves = {"moves": list(zip(change.added.paths(), added.paths(), strict=True))}
-        publish_text(planned / _MOVES, json.dumps(moves), "the list of moves")
+        publish_manifest(planned, state.manifest(*earlier, generation), shards, [*inputs, *new_inputs], removed)
+        moves = list(zip(change.added.paths(), added.paths(), strict=True))
+        tree = {"moves": moves, "purged": state.shards.where(purged).paths()}
+        publish_text(planned / _MOVES, json.dumps(tree), "the list of moves")
     _finish(state.folder, work)
     return generation
 
@@ -186,13 +215,24 @@ def _finish(folder: Path, work: Path) -> None:
                 with contextlib.suppress(FileNotFoundError):  # moved before a kill
                     os.replace(planned / name, folder / name)
                 flush_folder(folder)
+        for name in _planned_moves(planned)["purged"]:
+            (folder / name).unlink(missing_ok=True)
+        flush_folder(folder)
         shutil.rmtree(work)
+
+
+def _planned_moves(planned: Path) -> dict[str, list[Any]]:
+    """ "moves": [name in the work folder, name in the data folder] of each new shard; "purged": files to delete."""
+    try:
+        found: dict[str, list[Any]] = json.loads((planned / _MOVES).read_bytes())
+    except FileNotFoundError:  # killed while the work folder was being cleared: all is done
+        return {"moves": [], "purged": []}
+    return found
 
 
 def _move_shards(folder: Path, work: Path) -> None:
     planned = work / _NEXT
-    moves: list[tuple[str, str]] = json.loads((planned / _MOVES).read_bytes())["moves"]
-    for before, after in moves:
+    for before, after in _planned_moves(planned)["moves"]:
         try:
             os.replace(work / before, folder / after)
         except FileNotFoundError:

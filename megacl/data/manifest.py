@@ -113,6 +113,7 @@ class Generation:
     bad_lines: Count = 0  # lines that were left out of what it added
     empty_documents: Count = 0  # documents without text that were left out of what it added
     removed_documents: Count = 0  # documents that were left out or taken out as duplicates or on request
+    purged_by: Count = 0  # the generation that deleted shards of this one from the disk; 0: all are there
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -138,7 +139,7 @@ class Manifest:
     generations: Annotated[tuple[Generation, ...], Field(min_length=1)]
 
     def at(self, generation: int | None, folder: Path | str) -> Generation:
-        """A generation, the last one if None; DataError if the folder has no such generation."""
+        """A generation, the last one if None; DataError if the folder has no such generation, or it was purged."""
         if generation is None:
             return self.generations[-1]
         if not 1 <= generation <= len(self.generations):
@@ -146,7 +147,13 @@ class Manifest:
                 f"{folder}/{MANIFEST}: generation {generation} is asked for, but the folder has 1 to "
                 f"{len(self.generations)}. Name one of these, or prepare the missing files into it."
             )
-        return self.generations[generation - 1]
+        state = self.generations[generation - 1]
+        if state.purged_by:
+            raise DataError(
+                f"{folder}: generation {generation} cannot be read any more: documents of it were purged from the disk "
+                f"by generation {state.purged_by}. Name generation {state.purged_by} or a later one."
+            )
+        return state
 
 
 class ShardList:
@@ -233,8 +240,12 @@ class ShardList:
 
     def at(self, generation: int, since: int = 0) -> "ShardList":
         """The rows of a generation; with `since` only those of them that came after that earlier generation."""
+        return self.where(self.is_at(generation) & (self.numbers("added") > since))
+
+    def is_at(self, generation: int) -> npt.NDArray[np.bool_]:
+        """Which rows are of a generation: bool [rows]."""
         added, removed = self.numbers("added"), self.numbers("removed")
-        return self.where((added > since) & (added <= generation) & ((removed == 0) | (removed > generation)))
+        return np.asarray((added <= generation) & ((removed == 0) | (removed > generation)))
 
     def until(self, generation: int) -> "ShardList":
         """The rows of all generations up to one, as they were then: what a command that makes the next one builds on.

@@ -70,6 +70,7 @@ from megacl.data.tasks import (
     run_task,
 )
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
+from megacl.data.workers import usable_cores
 from megacl.errors import ConfigError, DataError
 from megacl.publish import alone_in, among_others_in, disk_errors
 
@@ -141,7 +142,7 @@ def prepare(
     against = tuple(os.path.abspath(each) for each in dedup_against)
     for each in against:
         read_manifest(Path(each))
-    workers = workers or _cores()
+    workers = workers or usable_cores()
     recipe = Recipe(tokenizer.file, tokenizer.fingerprint, validation, reading, skip_bad)
     with among_others_in(folder, "a prepare or merge") if task else alone_in(folder, "another prepare"):
         if not task:
@@ -195,7 +196,7 @@ def merge(out: str | Path, *, workers: int | None = None) -> PrepareReport:
         else:
             tokenizer = load_tokenizer(work / COMMAND_FOLDER / command.tokenizer_file)
             state = open_folder(folder, tokenizer, command.source, command.validation)
-            made = _publish(command, state, work, workers or _cores())
+            made = _publish(command, state, work, workers or usable_cores())
             clear_work(work)
     return _report_of_generation(made, state, command.passed_over if command else (), time.monotonic() - begun)
 
@@ -215,11 +216,6 @@ def _check_recordable(**settings: str) -> None:
             raise ConfigError(
                 f"{name} is {value!r}, which is not UTF-8, so it cannot be recorded. Give another with --{name}."
             ) from None
-
-
-def _cores() -> int:
-    # Under SLURM a process may use fewer cores than the machine has; macOS cannot say.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _report_of_generation(

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
+from megacl.data.generations import CHANGE_WORK, FolderState
 from megacl.data.manifest import DTypeName, ShardList, ShardRow
 from megacl.data.shards import open_documents, write_shard
 from megacl.data.workers import run_on_workers
@@ -46,6 +47,19 @@ def rewrite_shards(
         found.update(results)
     numbers = sorted(found)
     return losing, ShardList.of_rows([found[index] for index in numbers]), np.array(numbers, np.int64)
+
+
+def without_documents(state: FolderState, keep: Mask, workers: int) -> tuple[Mask, ShardList]:
+    """The change that takes documents out of a folder's newest generation, its new shards written to CHANGE_WORK.
+
+    keep: which documents stay, over all of that generation. Returns which rows of all generations go, and those that
+    come.
+    """
+    work = state.folder / CHANGE_WORK
+    losing, added, _ = rewrite_shards(state.folder, state.current(), keep, state.dtype, work, workers)
+    going = np.zeros(len(state.shards), np.bool_)
+    going[np.flatnonzero(state.shards.is_at(state.number))[losing]] = True
+    return going, added
 
 
 class _Rewriter:

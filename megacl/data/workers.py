@@ -22,6 +22,12 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    # Under SLURM these may be fewer than the machine has; macOS cannot say.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_on_workers(
     build: Callable[[], Callable[[Task], Result]], tasks: Iterator[Task], workers: int
 ) -> Generator[Result, None, None]:
