@@ -155,6 +155,33 @@ def _print_sightings(sightings: "Sequence[Sighting]", problems: Sequence[str]) -
         print(problem)
 
 
+@data_app.command()
+def dedup(
+    folder: Annotated[Path, typer.Argument(help="A data folder.")],
+    near: Annotated[
+        float | None, typer.Option(help="Documents are duplicates that share this part of their five-word runs.")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Documents are duplicates that have the same text.")] = False,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="A folder whose held-out documents must not be trained on. Repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many would go, and stop.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")] = None,
+) -> None:
+    """Take duplicates out: a new generation in which no training document repeats another, or a held-out one."""
+    from megacl.data.dedup import dedup_documents
+    from megacl.data.generations import changing
+    from megacl.data.workers import usable_cores
+
+    with changing(folder) as state:
+        report = dedup_documents(
+            state, near=near, exact=exact, against=against or (), workers=workers or usable_cores(), dry_run=dry_run
+        )
+    found = report.train + report.held_out
+    print(f"{folder}: {found:,} duplicates ({report.held_out:,} of them held out) among {report.of:,} documents")
+    print(f"generation {report.generation} is without them" if report.generation else "nothing was changed")
+
+
 def print_prepared(out: Path, report: "PrepareReport") -> None:
     """What a prepare, a task of one, or a merge has done."""
     what = f"generation {report.generation}" if report.generation else "done, and waits for the other tasks and a merge"

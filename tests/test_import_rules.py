@@ -20,7 +20,7 @@ LEVELS = [
     "data.manifest data.shards data.verify data.inputs data.forms data.documents data.megatron data.portions "
     "data.workers data.boundaries data.units data.tokenizer data.tokenizer_training data.order",
     "data.blocks data.tasks data.generations data.joining data.prepare "
-    "data.rewrite data.duplicates data.remove data.near data.overview data.export "
+    "data.rewrite data.duplicates data.remove data.near data.dedup data.overview data.export "
     "data.provide data.sequences data.packing data.mixture data.replay data.planning data.stream "
     "data.loader "
     "model.layers model.gpt optimizer",
