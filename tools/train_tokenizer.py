@@ -2,7 +2,7 @@
 
 python tools/train_tokenizer.py INPUT... --out FILE.model --vocab-size N [--model-type bpe|unigram]
 
-INPUT: .jsonl, .jsonl.gz, .jsonl.zst files or folders of them. The same inputs give the same file.
+INPUT: files of documents, folders of them, or patterns, as for megacl prepare. The same inputs give the same file.
 """
 
 import argparse
@@ -16,11 +16,13 @@ from megacl.errors import MegaclError
 def main() -> int:
     """Returns the exit status: 0, or 2 after one line on standard error."""
     parser = argparse.ArgumentParser(description="Train a SentencePiece tokenizer on raw documents.")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=".jsonl, .jsonl.gz, .jsonl.zst, or a folder")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="a file of documents, a folder of them, or a pattern"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.model")
     parser.add_argument("--vocab-size", required=True, type=int, metavar="N", help="pieces, control and bytes included")
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
-    parser.add_argument("--field", default="text", help="the JSON field that holds the text (default: text)")
+    parser.add_argument("--field", default="text", help="the key or column that holds the text (default: text)")
     arguments = parser.parse_args()
     try:
         tokenizer = train_tokenizer(

@@ -138,7 +138,9 @@ class _BlockWriter:
             raw = text.encode()
             code = hash_of(raw)
             part = parts["validation" if code < self.threshold else "train"]
-            part.tokens.append(np.append(ids, ids.dtype.type(self.tokenizer.eos_id)).astype(self.dtype))
+            tokens = np.empty(len(ids) + 1, self.dtype)
+            tokens[:-1], tokens[-1] = ids, self.tokenizer.eos_id
+            part.tokens.append(tokens)
             part.text_bytes.append(len(raw))
             part.hashes.append(code)
 

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from megacl.data.blocks import Recipe, prepare_blocks
-from megacl.data.documents import Block, cut_blocks
+from megacl.data.documents import Block, cut_portions_ahead
 from megacl.data.forms import RawFile, measure
 from megacl.data.manifest import SHARDS, InputFile, ShardList, parse_shards
 from megacl.data.portions import cut_portions, portions_of_task
@@ -156,10 +156,10 @@ def run_task(
     blocks = dict.fromkeys(portions, 0)
 
     def cut() -> Iterator[Block]:
-        for number, portion in portions.items():
-            for block in cut_blocks(portion, recipe.reading, command.block_bytes):
-                blocks[number] += 1
-                yield block
+        at_once = workers // 2  # a worker alone does everything in its own time
+        for number, block in cut_portions_ahead(portions, recipe.reading, command.block_bytes, at_once):
+            blocks[number] += 1
+            yield block
 
     done = prepare_blocks(cut(), inputs, recipe, work, workers, progress)
     of_portion = np.repeat(list(blocks), list(blocks.values())).tolist()

@@ -10,6 +10,7 @@ import lzma
 import os
 import subprocess
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megacl.data.documents import cut_blocks, read_documents, read_segment
+from megacl.data.documents import cut_blocks, cut_portions_ahead, read_documents, read_segment
 from megacl.data.forms.reading import Reading
 from megacl.data.inputs import find_inputs
 from megacl.errors import ConfigError, DataError
@@ -497,6 +498,50 @@ def test_a_parquet_file_that_is_garbled_inside_is_named(tmp_path):
     content[chunk.data_page_offset : chunk.data_page_offset + 40] = b"\xff" * 40
     path.write_bytes(content)
     assert f"{path}: not a whole parquet file (" in refusal(path)
+
+
+# ---------------------------------------------------------------------------------------------- ahead
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    at_once=st.integers(0, 4),
+    block_bytes=st.integers(1, 400),
+)
+def test_decompressing_ahead_in_threads_gives_the_same_blocks(tmp_path_factory, sizes, at_once, block_bytes):
+    folder = tmp_path_factory.mktemp("ahead")
+    for index, size in enumerate(sizes):
+        content = json_lines([f"{index} {number}" for number in range(size)])
+        path = folder / f"{index}.jsonl{'.gz' if index % 3 else ''}"
+        path.write_bytes(gzip.compress(content) if index % 3 else content)
+    files = find_inputs([str(folder)], Reading()).files
+    portions = {10 * index: files[index : index + 2] for index in range(0, len(files), 2)}
+    found = list(cut_portions_ahead(portions, Reading(), block_bytes, at_once))
+    assert found == [
+        (number, block) for number, portion in portions.items() for block in cut_blocks(portion, Reading(), block_bytes)
+    ]
+
+
+@pytest.mark.parametrize("at_once", [0, 1, 3])
+def test_what_goes_wrong_ahead_is_raised_in_its_turn_and_leaves_no_thread(tmp_path, at_once):
+    for index in range(4):
+        (tmp_path / f"{index}.jsonl.gz").write_bytes(gzip.compress(json_lines([f"{index}"] * 9)))
+    whole = (tmp_path / "2.jsonl.gz").read_bytes()
+    (tmp_path / "2.jsonl.gz").write_bytes(whole[:-3])
+    files = find_inputs([str(tmp_path)], Reading()).files
+    before = threading.active_count()
+    numbers: list[int] = []
+    cut = cut_portions_ahead(dict(enumerate(zip(files, strict=True))), Reading(), 30, at_once)
+    with pytest.raises(DataError, match=r"2\.jsonl\.gz: cannot be decompressed"):
+        numbers.extend(number for number, _ in cut)
+    assert set(numbers) >= {0, 1}
+    cut = cut_portions_ahead(dict(enumerate(zip(files, strict=True))), Reading(), 30, at_once)
+    next(cut)
+    cut.close()
+    for thread in threading.enumerate():
+        if thread.daemon and thread.name.startswith("cut "):
+            thread.join(10)
+    assert threading.active_count() <= before
 
 
 # ---------------------------------------------------------------------------------------------- memory
