@@ -224,6 +224,24 @@ def test_a_bad_line_is_named_with_its_number_and_can_be_left_out(
     assert "1 bad lines" in out
 
 
+def test_an_encoding_that_does_not_exist_is_named(prepared: Prepared, tmp_path: Path, capsys: Capture) -> None:
+    path = write_documents(tmp_path / "raw.jsonl", texts(10))
+    line = prepare_refusal(capsys, prepared, tmp_path, str(path), more=("--encoding", "utf9"))
+    assert "encoding is 'utf9', which Python does not know; did you mean utf" in line
+
+
+def test_the_reading_of_inputs_can_be_told_on_the_command_line(
+    prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "raw.txt").write_bytes("eins\n\nzwe\xef\n".encode("latin-1"))
+    call = ["prepare", f"{tmp_path}/*.txt", "--tokenizer", str(prepared.tokenizer), "--out", str(tmp_path / "out")]
+    more = ["--validation", "0", "--encoding", "latin-1", "--normalize", "nfc", "--text", "paragraphs"]
+    status, out, _ = command_line(capsys, *call, *more)
+    assert status == 0
+    assert "2 documents" in out
+    assert "9 bytes of text" in out
+
+
 def test_too_few_held_out_documents_are_an_error_unless_none_are_asked_for(
     prepared: Prepared, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -10,8 +10,8 @@ A block is about `block_bytes` of consecutive input, over several files where th
 on the inputs, the reading and block_bytes alone. megacl/data/forms says what the forms are and how each is cut.
 
 Memory: a segment is read a few MB at a time. A very long document takes three times its length while it is read, and
-six times at most where it has a character beyond U+FFFF, since Python then holds 4 bytes for each (measured: 570 MB for a
-JSON line of 200 MB in ASCII, 850 MB with emoji). A compressed file that is being cut holds up to three blocks.
+six times at most where it has a character beyond U+FFFF, since Python then holds 4 bytes for each (measured: 570 MB
+for a JSON line of 200 MB in ASCII, 850 MB with emoji). A compressed file that is being cut holds up to three blocks.
 """
 
 import threading

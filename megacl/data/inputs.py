@@ -100,6 +100,8 @@ def _search(places: Iterable[str]) -> tuple[list[str], list[str]]:
         listed: dict[str, set[str] | None] = {}
         for name in names:
             _stat(name)
+            if name.endswith(".idx") and os.path.isfile(f"{name.removesuffix('.idx')}.bin"):
+                continue  # part of what its .bin file names
             (found if _holds_documents(name, listed) else others).setdefault(os.path.normpath(name), name)
 
     alone: list[str] = []

@@ -107,9 +107,10 @@ def test_one_of_the_two_files_without_the_other_is_named_and_in_a_folder_passed_
     prefix = copy(tmp_path)
     (tmp_path / "more.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "model.bin").write_bytes(b"weights")
+    (tmp_path / "train.idx").write_bytes(b"images")
     found = find_inputs([str(tmp_path)], Reading())
     assert [file.name for file in found.files] == [f"{prefix}.bin", str(tmp_path / "more.jsonl")]
-    assert found.passed_over == (f"{prefix}.idx", str(tmp_path / "model.bin"))
+    assert found.passed_over == (str(tmp_path / "model.bin"), str(tmp_path / "train.idx"))
     for gone in (".bin", ".idx"):
         copy(tmp_path).with_suffix(gone).unlink()
         for given_name in (".bin", ".idx"):
