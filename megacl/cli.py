@@ -57,6 +57,10 @@ def prepare(
         TextForm | None,
         typer.Option(help="A .txt file is a document, or paragraphs are; of standard input too: plain text, not JSON."),
     ] = None,
+    parse_control: Annotated[
+        bool,
+        typer.Option("--parse-control", help="Names of control tokens in a text become those tokens, but for EOS."),
+    ] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count broken lines and go on.")] = False,
     dedup: Annotated[bool, typer.Option("--dedup", help="Leave out documents that are there already.")] = False,
     dedup_against: Annotated[
@@ -89,7 +93,7 @@ def prepare(
                 out=out,
                 source=source,
                 validation=validation,
-                reading=Reading(field, encoding, normalize, text),
+                reading=Reading(field, encoding, normalize, text, parse_control),
                 skip_bad=skip_bad,
                 dedup=dedup,
                 dedup_against=dedup_against or (),

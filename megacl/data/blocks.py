@@ -32,7 +32,7 @@ from megacl.data.workers import run_on_workers
 from megacl.errors import DataError
 from megacl.publish import publish_text
 
-_BATCH_CHARACTERS = 2**20
+_BATCH_CHARACTERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ class _BlockWriter:
             part.hashes.append(code)
 
         def encode() -> None:
-            for text, ids in zip(texts, self.tokenizer.encode(texts), strict=True):
+            encoded = self.tokenizer.encode(texts, control=self.recipe.reading.control)
+            for text, ids in zip(texts, encoded, strict=True):
                 add(text, ids)
             texts.clear()
 

@@ -4,9 +4,9 @@
     tokenizer.encode(["some text"])                     # [uint32 array]; no BOS, no EOS
     tokenizer.fingerprint                               # SHA-256 of the file: shards record which tokenizer made them
 
-Text is data: what looks like a control token inside a document ("</s>", "<|endoftext|>") comes out as ordinary
-pieces, so a document can never end another one. The one character that a SentencePiece model does not bring back is
-U+2581, which it uses to write a space.
+Text is data: what looks like a control token inside a document ("<s>", "<|im_start|>") comes out as ordinary pieces,
+unless encode is asked to look for them; EOS always does, so that a document can never end another one. The one
+character that a SentencePiece model does not bring back is U+2581, which it uses to write a space.
 
 Where it is known that no token lies across a place (data/boundaries.py), texts are encoded by units, each distinct one
 once (data/units.py): the same ids, several times as fast. This is so for SentencePiece's BPE models that normalise
@@ -66,12 +66,41 @@ class Tokenizer(ABC):
         self.extends = _read_extends(file)
         """Fingerprints of the tokenizers that this one extends."""
 
-    @abstractmethod
-    def encode(self, texts: Iterable[str]) -> list[npt.NDArray[np.uint32]]:
+    def encode(self, texts: Iterable[str], *, control: bool = False) -> list[npt.NDArray[np.uint32]]:
         """The ids of each text, uint32 [length]: no BOS, no EOS, and nothing in a text is read as a control token.
 
-        The arrays may share memory and may be read-only. Many texts at once take less time than few.
+        control: names of control tokens in a text become those tokens, all but EOS, which only ends documents; what
+        stands between two of them is encoded as a text of its own. The arrays may share memory and may be read-only.
+        Many texts at once take less time than few.
         """
+        if not control or not self._control_ids:
+            return self._encode(texts)
+        parts = [self._control_names.split(text) for text in texts]  # text, name, text, name, ..., text
+        plain = iter(self._encode(part for each in parts for part in each[::2]))
+        return [
+            np.concatenate(
+                [
+                    np.array([self._control_ids[part]], np.uint32) if index % 2 else next(plain)
+                    for index, part in enumerate(each)
+                ]
+            )
+            for each in parts
+        ]
+
+    @cached_property
+    def _control_ids(self) -> dict[str, int]:
+        pieces = enumerate(self.pieces())
+        return {name: index for index, (name, kind) in pieces if kind == "control" and index != self.eos_id and name}
+
+    @cached_property
+    def _control_names(self) -> re.Pattern[str]:
+        longest_first = sorted(self._control_ids, key=len, reverse=True)  # the first alternative that fits is taken
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    @property
+    @abstractmethod
+    def _encode(self) -> Callable[[Iterable[str]], list[npt.NDArray[np.uint32]]]:
+        """What encodes texts in which no control token is looked for."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
@@ -119,9 +148,6 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{file}: the model has no end-of-sentence piece, which must end every document. "
                 "Train one that has: tools/train_tokenizer.py"
             )
-
-    def encode(self, texts: Iterable[str]) -> list[npt.NDArray[np.uint32]]:
-        return self._encode(texts)
 
     @cached_property
     def _encode(self) -> Callable[[Iterable[str]], list[npt.NDArray[np.uint32]]]:
@@ -175,9 +201,6 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         self.eos_id = int(added[eos]["id"])
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-
-    def encode(self, texts: Iterable[str]) -> list[npt.NDArray[np.uint32]]:
-        return self._encode(texts)
 
     @cached_property
     def _encode(self) -> Callable[[Iterable[str]], list[npt.NDArray[np.uint32]]]:

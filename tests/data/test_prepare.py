@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from megacl.data.documents import cut_blocks, read_documents, read_segment
 from megacl.data.forms.reading import Reading
 from megacl.data.inputs import find_inputs, identify
-from megacl.data.manifest import InputFile, read_inputs
+from megacl.data.manifest import InputFile, read_inputs, read_manifest
 from megacl.data.prepare import prepare
 from megacl.data.shards import Source, open_source
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
@@ -240,6 +240,17 @@ def test_empty_documents_and_blank_lines_are_passed_over_and_counted(tmp_path, t
     report = prepare([str(tmp_path / "in.jsonl")], tokenizer=tokenizer, out=tmp_path / "out", validation=0)
     assert (report.documents, report.empty_documents, report.bad_lines) == (2, 1, 0)
     assert tokens_of(open_source(tmp_path / "out"))[0] == expected_tokens(["eins", "zwei"], tokenizer, 0)[0]
+
+
+def test_control_tokens_are_parsed_where_that_is_asked_for_and_it_is_recorded(tmp_path, tokenizer):
+    raw = write_lines(tmp_path / "raw.jsonl", ["<s>eins</s>"])
+    for name, reading in (("text", Reading()), ("control", Reading(control=True))):
+        prepare([str(raw)], tokenizer=tokenizer, out=tmp_path / name, validation=0, reading=reading)
+    (text,), (control,) = (tokenizer.encode(["<s>eins</s>"], control=control) for control in (False, True))
+    assert tokens_of(open_source(tmp_path / "text"))[0] == [*text, tokenizer.eos_id]
+    assert tokens_of(open_source(tmp_path / "control"))[0] == [*control, tokenizer.eos_id]
+    settings = [read_manifest(tmp_path / name).generations[0].settings for name in ("text", "control")]
+    assert [each.get("control") for each in settings] == [None, True]
 
 
 def test_progress_reaches_the_size_of_the_inputs(tmp_path, raw, tokenizer):

@@ -115,6 +115,32 @@ def test_a_control_token_written_in_a_document_is_ordinary_text(tokenizer):
     assert not {kinds[index][1] for index in ids.tolist()} & {"control", "unknown"}
 
 
+def test_control_tokens_in_a_text_are_found_only_where_they_are_asked_for_and_eos_never(tokenizer):
+    control = [name for name, kind in tokenizer.pieces() if kind == "control"]
+    eos = tokenizer.pieces()[tokenizer.eos_id][0]
+    wanted = next(name for name in control if name != eos)
+    ordinary, asked = (
+        tokenizer.encode([f"one{wanted}two{eos} {wanted}{wanted}"], control=each)[0] for each in (False, True)
+    )
+    number = [name for name, _ in tokenizer.pieces()].index(wanted)
+    assert number not in ordinary
+    assert tokenizer.eos_id not in asked
+    between = tokenizer.encode(["one", f"two{eos} "])
+    np.testing.assert_array_equal(asked, [*between[0], number, *between[1], number, number])
+
+
+def test_control_tokens_that_are_asked_for_are_those_that_the_tokenizers_package_finds(tmp_path):
+    model = make_hugging_face(["a text of a few words, and a few more words"])
+    model.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|im|>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    texts = ["<|im_start|>a few<|im_end|> words", "<|im|><|im_start|>", "", "more |im_end|> words <|im_end|"]
+    ours = load_tokenizer(tmp_path).encode(texts, control=True)
+    model.no_truncation()
+    model.no_padding()
+    model.encode_special_tokens = False
+    assert [ids.tolist() for ids in ours] == [model.encode(text, add_special_tokens=False).ids for text in texts]
+
+
 def test_neither_bos_nor_eos_truncation_nor_padding_is_added(tokenizer):
     assert tokenizer.encode([""])[0].tolist() == []
     (once,), (twice,) = tokenizer.encode(["Wort " * 50]), tokenizer.encode(["Wort " * 100])

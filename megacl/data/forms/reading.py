@@ -38,22 +38,24 @@ class Reading:
     field: the key of a JSON object or the column of a table that holds the text; where there is no such key, a path of
     keys and of positions in lists, `meta.pages.0.text`. encoding: of JSON lines and plain text; tables have their own.
     normalize: Unicode's normal form that texts are brought into. text: whether a plain text file is one document, or
-    documents lie between blank lines; None is the first, and standard input is then JSON lines.
+    documents lie between blank lines; None is the first, and standard input is then JSON lines. control: whether names
+    of control tokens in a text, such as <|im_start|>, become those tokens (EOS never does).
     """
 
     field: str = "text"
     encoding: str = "utf-8"
     normalize: Literal["none", "nfc", "nfkc"] = "none"
     text: Literal["document", "paragraphs"] | None = None
+    control: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoding", _canonical(self.encoding))
 
     @property
     def settings(self) -> dict[str, str | int | float | bool]:
-        """What a manifest records of it; `text` only if it was given."""
+        """What a manifest records of it; `text` and `control` only if they were given."""
         found = {"field": self.field, "encoding": self.encoding, "normalize": self.normalize}
-        return {**found, "text": self.text} if self.text else {**found}
+        return {**found, **({"text": self.text} if self.text else {}), **({"control": True} if self.control else {})}
 
     @property
     def cuts_at_newlines(self) -> bool:
