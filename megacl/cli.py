@@ -150,12 +150,14 @@ def evaluate(
     import json
 
     from megacl.evaluate import evaluate_sources, open_named, sources_of, table_text
+    from megacl.resume import shard_cache
 
     with _open_model(model) as (checkpoint, engine, ranks):
+        cache = shard_cache(checkpoint.config)
         if data:
-            sources = open_named(data, checkpoint.tokenizer())
+            sources = open_named(data, checkpoint.tokenizer(), cache)
         else:
-            sources, problems = sources_of(checkpoint.lineage, {})
+            sources, problems = sources_of(checkpoint.lineage, {}, cache=cache)
             for problem in problems:
                 _warn(f"not evaluated: {problem}")
         results = evaluate_sources(

@@ -6,10 +6,12 @@ here, in `RunConfig.check`; rules for one setting stand in its type. What a phas
 
 import itertools
 import math
+import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from megacl.config_phase import PhaseConfig, ReplayConfig, length_in_steps, misfit, nearest
 from megacl.errors import ConfigError
@@ -47,6 +49,7 @@ class SourceConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     path: str
+    """A folder, or the URL of one on a store, s3://bucket/folder, which is read through `cache`."""
     generation: Annotated[int, Field(ge=1, description="a state of the source's manifest")] | None = None
     """Null: the newest one when the run begins; from then on the run keeps it."""
     since: Annotated[int, Field(ge=0, description="an earlier generation, whose data is left out")] = 0
@@ -56,6 +59,34 @@ class SourceConfig:
     documents: tuple[str, ...] | None = None
     """Raw documents to prepare first where `path` does not exist yet."""
     validation: Annotated[float, Field(ge=0, lt=1, description="the part of the documents that is held out")] = 0.01
+
+
+def _check_size(value: object) -> object:
+    if isinstance(value, str) and _SIZE.fullmatch(value) is None:
+        raise ValueError('it must be a number of bytes, such as "500 MB", "100 GB" or "2 TB"')
+    return value
+
+
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>MB|GB|TB)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Where whole shards of sources on a store are kept: on a local disk, for all processes of a machine."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    path: Annotated[str, Field(min_length=1, description="a folder on a local disk")]
+    size: Annotated[str, BeforeValidator(_check_size)]
+    """Bytes that its shards may take, "100 GB": the least recently used are deleted."""
+    patience: Annotated[float, Field(gt=0, description="seconds for which a store that fails is tried again")] = 120.0
+
+    @property
+    def bytes(self) -> int:
+        """The size in bytes; a GB has 10^9."""
+        match = _SIZE.fullmatch(self.size)
+        assert match is not None, "checked when the configuration was loaded"
+        return int(Fraction(match["number"]) * {"MB": 10**6, "GB": 10**9, "TB": 10**12}[match["unit"]])
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -149,6 +180,8 @@ class RunConfig:
     """cut: sequences are cut where they fall; best_fit: documents that fit stay whole, and the rest is padding."""
     start_from: str | None = None
     """A model to go on from, weights and history: RUN, RUN@PHASE, RUN@STEP, or a checkpoint's folder."""
+    cache: CacheConfig | None = None
+    """Needed where a source's path is a URL."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -178,6 +211,17 @@ class RunConfig:
             raise ConfigError(f"model.{problem}.")
         if not self.phases:
             raise ConfigError("phases is empty; a run needs at least one phase.")
+        for name, source in self.sources.items():
+            if "://" in source.path and self.cache is None:
+                raise ConfigError(
+                    f"sources.{name}.path is {source.path!r}, a store, whose shards are fetched to a local disk; "
+                    "set cache.path and cache.size."
+                )
+            if "://" in source.path and source.documents is not None:
+                raise ConfigError(
+                    f"sources.{name}.documents are prepared into a local folder, and its path is {source.path!r}; "
+                    "prepare them with `megacl prepare` and upload the folder."
+                )
         seen: list[str] = []
         for index, phase in enumerate(self.phases):
             self._check_phase(f"phases[{index}]", phase, seen)

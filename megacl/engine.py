@@ -146,6 +146,16 @@ class Engine(ABC):
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
+    def stage(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same tokens, in pinned memory where the device is a GPU, so that copying them there runs beside it.
+
+        They must be kept until the step that takes them has returned.
+        """
+        if self._device.type != "cuda":
+            return tokens
+        pinned: NDArray[np.int64] = torch.from_numpy(tokens).pin_memory().numpy()
+        return pinned
+
     def _on_device(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 

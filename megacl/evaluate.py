@@ -19,7 +19,8 @@ import numpy as np
 
 from megacl.data.loader import check_tokens
 from megacl.data.order import Int64
-from megacl.data.shards import Source, open_source
+from megacl.data.source import Source, open_source
+from megacl.data.store import ShardCache
 from megacl.data.stream import open_recorded
 from megacl.data.tokenizer import Tokenizer
 from megacl.engine import Engine
@@ -136,11 +137,11 @@ def evaluate_sources(
 
 
 def sources_of(
-    lineage: Lineage, named: Mapping[str, Source], opened: Iterable[Source] = ()
+    lineage: Lineage, named: Mapping[str, Source], opened: Iterable[Source] = (), cache: ShardCache | None = None
 ) -> tuple[dict[str, Source], list[str]]:
     """All that a model has seen, beside what a configuration names: sources by name, and what could not be opened.
 
-    opened: sources that need not be opened again.
+    opened: sources that need not be opened again. cache: for those on a store.
     """
     found = dict(named)
     problems = []
@@ -148,7 +149,7 @@ def sources_of(
         if record.fingerprint in {source.fingerprint for source in found.values()}:
             continue
         try:
-            source = open_recorded(record, opened)
+            source = open_recorded(record, opened, cache)
         except DataError as error:
             problems.append(str(error))
             continue
@@ -157,17 +158,17 @@ def sources_of(
     return found, problems
 
 
-def open_named(folders: Sequence[str], tokenizer: Tokenizer) -> dict[str, Source]:
+def open_named(folders: Sequence[str], tokenizer: Tokenizer, cache: ShardCache | None = None) -> dict[str, Source]:
     """Data folders by their sources' names, or by their paths where two have one name.
 
     Raises DataError where one was prepared with another tokenizer than the model's.
     """
-    opened = [open_source(folder) for folder in folders]
+    opened = [open_source(folder, cache=cache) for folder in folders]
     for source in opened:
         if not tokenizer.matches(source.tokenizer_fingerprint):
             raise DataError(f"{source.path}: prepared with another tokenizer than the model's; prepare it with that.")
     names = [source.name for source in opened]
-    return {source.name if names.count(source.name) == 1 else str(source.path): source for source in opened}
+    return {source.name if names.count(source.name) == 1 else source.path: source for source in opened}
 
 
 # ---------------------------------------------------------------------------------------------- forgetting

@@ -21,7 +21,8 @@ from megacl.data.mixture import integer_weights
 from megacl.data.planning import asked_weights, plan_phase
 from megacl.data.provide import missing_sources
 from megacl.data.replay import draws_in_a_round
-from megacl.data.shards import Source
+from megacl.data.source import Source
+from megacl.data.store import RemoteFolder
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.errors import ConfigError, DataError
 from megacl.lineage import Lineage, PhaseRecord, SourceRecord, describe_mixture
@@ -62,7 +63,7 @@ def schedule_of(config: RunConfig, phase: PhaseConfig, start_lr: float, steps: i
 
 def open_phase(lineage: Lineage, inputs: Inputs) -> PhaseStream:
     """The samples of a lineage's last phase, from the opened sources, or from where the lineage says they lie."""
-    return PhaseStream(lineage, lambda record: open_recorded(record, inputs.opened))
+    return PhaseStream(lineage, lambda record: open_recorded(record, inputs.opened, inputs.cache))
 
 
 def plan_phases(found: Found) -> Iterator[tuple[int, PhaseStream, Lineage]]:
@@ -111,6 +112,7 @@ def notices(config: RunConfig, index: int, stream: PhaseStream) -> list[str]:
     if record.budget_steps < config.steps_of(phase):
         lines.append(_end_of(config, index, record))
     lines += stream.repeats()
+    lines += _fetched_again(stream)
     named = {source.name: stream.source_of(source) for source in record.sources}
     asked = [asked_weights(phase, m, named) for m in (phase.mixture, *(c.mixture for c in phase.mixture_changes))]
     if phase.replay:
@@ -124,6 +126,18 @@ def notices(config: RunConfig, index: int, stream: PhaseStream) -> list[str]:
                     f"phase {phase.name!r}: {name!r} gets {share:.3g} of the samples, not the {wanted:.3g} asked for"
                 )
     return lines
+
+
+def _fetched_again(stream: PhaseStream) -> Iterator[str]:
+    for source in stream.record.sources_read:
+        opened = stream.source_of(source)
+        folder, size = opened.folder, int(opened.train.sizes.sum())
+        if isinstance(folder, RemoteFolder) and source.window is None and size > folder.cache.size:
+            yield (
+                f"phase {stream.record.name!r} reads source {source.name!r} from a store in a permutation of all its "
+                f"sequences, and its shards, {size:,} bytes, do not fit into the cache of {folder.cache.size:,}: each "
+                f"is fetched again and again. Set sources.{source.name}.window, or raise cache.size"
+            )
 
 
 def _end_of(config: RunConfig, index: int, record: PhaseRecord) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 from megacl.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
 from megacl.config import RunConfig, SourceConfig
 from megacl.configfile import load, to_tree
-from megacl.data.shards import Source, open_source
+from megacl.data.source import Source, open_source
+from megacl.data.store import ShardCache
 from megacl.data.stream import open_recorded
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.errors import CheckpointError, ConfigError, DataError
@@ -32,6 +33,8 @@ class Inputs:
     """Those that the configuration names, by their names."""
     history: tuple[Source, ...] = ()
     """Those that only the model's history names, as far as they are still there."""
+    cache: ShardCache | None = None
+    """Where shards of sources on a store are fetched to."""
 
     @property
     def opened(self) -> tuple[Source, ...]:
@@ -114,6 +117,11 @@ class OpenedSources:
     history: tuple[Source, ...]
 
 
+def shard_cache(config: RunConfig) -> ShardCache | None:
+    """Where the shards of sources on a store are fetched to, as the configuration says."""
+    return ShardCache(Path(config.cache.path), config.cache.bytes, config.cache.patience) if config.cache else None
+
+
 def open_sources(config: RunConfig, origin: Origin) -> OpenedSources:
     """Opens what the configuration names, and what the lineage names beside that, where it is still there.
 
@@ -121,16 +129,17 @@ def open_sources(config: RunConfig, origin: Origin) -> OpenedSources:
     """
     if not config.sources:
         raise ConfigError("sources is empty; name at least one folder that `megacl prepare` wrote.")
+    cache = shard_cache(config)
     named = {}
     for name, source in config.sources.items():
-        opened = open_source(source.path, _generation(name, source, origin.stored), source.since)
+        opened = open_source(source.path, _generation(name, source, origin.stored), source.since, cache)
         named[name] = dataclasses.replace(opened, window=source.window)
     known = {source.fingerprint for source in named.values()}
     history = []
     for fingerprint, record in origin.lineage.sources.items():
         if fingerprint not in known:
             with contextlib.suppress(DataError):  # said by whoever needs it
-                history.append(open_recorded(record))
+                history.append(open_recorded(record, cache=cache))
     return OpenedSources(named, tuple(history))
 
 
@@ -165,7 +174,7 @@ def _check_inputs(config: RunConfig, origin: Origin, opened: OpenedSources) -> I
             f"model.vocab_size is {config.model.vocab_size}; it must be at least the tokenizer's, "
             f"{tokenizer.vocab_size}."
         )
-    return Inputs(tokenizer, sources, opened.history)
+    return Inputs(tokenizer, sources, opened.history, shard_cache(config))
 
 
 def _generation(name: str, source: SourceConfig, stored: RunConfig | None) -> int | None:

@@ -21,7 +21,8 @@ from megacl.data.generations import FolderState
 from megacl.data.manifest import Hashes, ShardList, ShardRow
 from megacl.data.order import Int64
 from megacl.data.remove import Matches
-from megacl.data.shards import Source, TokenStream, open_documents
+from megacl.data.shards import open_documents
+from megacl.data.source import Source, TokenStream
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.errors import CheckpointError, DataError
 from megacl.lineage import Lineage, PhaseRecord, SourceRecord, load_lineage
@@ -220,13 +221,13 @@ class _Folder:
         positions = _Positions(state.folder, shards, base)
         return Source(
             name=source.name,
-            path=Path(source.path),
+            folder=Path(source.path),
             generation=source.generation,
             since=source.since,
             fingerprint=source.fingerprint,
             dtype=state.dtype,
             tokenizer_fingerprint=state.tokenizer.fingerprint,
-            tokenizer_file=state.folder / state.tokenizer.file,
+            tokenizer_name=state.tokenizer.file,
             vocab_size=state.tokenizer.vocab_size,
             eos_id=state.tokenizer.eos_id,
             held_out=state.validation,

@@ -25,7 +25,7 @@ from megacl.configfile import dump
 from megacl.data.loader import Loader
 from megacl.data.packing import PADDING
 from megacl.data.provide import missing_sources, provide_sources
-from megacl.data.shards import Source
+from megacl.data.source import Source
 from megacl.engine import Engine, build_engine
 from megacl.errors import DataError, DivergedError
 from megacl.evaluate import EvaluationStopped, evaluate_sources, sources_of
@@ -129,7 +129,7 @@ class _Run:
         self.last_good = checkpoint.path if checkpoint else None
         self.skipped = 0
         self.total_steps = total_steps
-        self.evaluated, problems = sources_of(self.lineage, self.inputs.sources, self.inputs.history)
+        self.evaluated, problems = sources_of(self.lineage, self.inputs.sources, self.inputs.history, self.inputs.cache)
         for problem in problems:
             log.warn(f"not evaluated: {problem}")
         if not any(source.validation.tokens for source in self.evaluated.values()):
@@ -206,15 +206,24 @@ class _Run:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             vocab_size=config.model.vocab_size,
+            stage=self.engine.stage,
         )
         loader.load_state_dict({"samples": samples})
         schedule = schedule_of(config, phase, stream.record.start_lr, stream.record.budget_steps)
         before = self.lineage.tokens - self.lineage.phases[-1].tokens
+        began, waited = time.perf_counter(), 0.0
         for batch in loader:
             samples = batch.first_sample + batch_size
-            lr = schedule(samples // batch_size)
-            tokens_seen = before + samples * stream.seq_length
-            self._step(phase, batch.tokens, lr, samples=samples, tokens_seen=tokens_seen, padded=stream.padded)
+            self._step(
+                phase,
+                batch.tokens,
+                lr := schedule(samples // batch_size),
+                samples=samples,
+                tokens_seen=before + samples * stream.seq_length,
+                padded=stream.padded,
+                waited=loader.waited - waited,
+            )
+            waited = loader.waited
             self.lineage = self.lineage.with_phase(stream.seen(samples, lr))
             ended = samples == stream.record.budget_samples
             told_to_stop = self.ranks.any(self.stop.received)
@@ -232,10 +241,20 @@ class _Run:
             if told_to_stop:
                 self.log.say(f"told to stop: saved at step {self.step}; the same command goes on from there")
                 return "stopped"
+        seconds = time.perf_counter() - began
+        self.log.say(f"phase {phase.name}: {waited:.2f} s of {seconds:.1f} s were spent waiting for data")
         return "done"
 
     def _step(
-        self, phase: PhaseConfig, tokens: Any, lr: float, *, samples: int, tokens_seen: int, padded: bool
+        self,
+        phase: PhaseConfig,
+        tokens: Any,
+        lr: float,
+        *,
+        samples: int,
+        tokens_seen: int,
+        padded: bool,
+        waited: float,
     ) -> None:
         start = time.perf_counter()
         targets = int(self.ranks.sum(np.array([np.count_nonzero(tokens[:, 1:] != PADDING)]))[0]) if padded else None
@@ -265,6 +284,7 @@ class _Run:
             grad_norm=result.grad_norm,
             applied=result.applied,
             seconds=seconds,
+            waited=waited,
             tokens_per_second=rate,
             flops_per_second=flops,
             **({"real_tokens": targets} if padded else {}),

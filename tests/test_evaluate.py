@@ -10,7 +10,7 @@ import torch
 from conftest import Prepared
 
 from megacl.config import EngineConfig, OptimizerConfig
-from megacl.data.shards import open_source
+from megacl.data.source import open_source
 from megacl.engine import build_engine
 from megacl.errors import DataError
 from megacl.evaluate import evaluate_source, forgetting_table

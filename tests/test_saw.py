@@ -14,7 +14,8 @@ from streams import begin, finish, phase_config
 from megacl.data.generations import Change, FolderState, changing, open_state, publish_generation
 from megacl.data.manifest import ShardList, TokenizerRecord
 from megacl.data.remove import Wanted, find_documents, remove_documents
-from megacl.data.shards import Source, join_documents, open_source, write_shard
+from megacl.data.shards import join_documents, write_shard
+from megacl.data.source import Source, open_source
 from megacl.errors import DataError
 from megacl.lineage import Lineage, save_lineage
 from megacl.saw import Sighting, who_saw

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from megacl.checkpoint import find_checkpoint, list_checkpoints, open_checkpoint
 from megacl.configfile import from_tree, load
-from megacl.data.shards import open_source
+from megacl.data.source import open_source
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.errors import CheckpointError, ConfigError, DataError, DivergedError
 from megacl.evaluate import forgetting_table

@@ -138,8 +138,8 @@ class Manifest:
     validation: Annotated[float, Field(ge=0, lt=1)]  # the part of the documents that is held out
     generations: Annotated[tuple[Generation, ...], Field(min_length=1)]
 
-    def at(self, generation: int | None, folder: Path | str) -> Generation:
-        """A generation, the last one if None; DataError if the folder has no such generation, or it was purged."""
+    def at(self, generation: int | None, folder: object) -> Generation:
+        """A generation, the last one if None; DataError, naming the folder, if there is none such, or it was purged."""
         if generation is None:
             return self.generations[-1]
         if not 1 <= generation <= len(self.generations):

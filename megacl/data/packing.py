@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megacl.data.order import Int64, WindowedOrder, order_key, permuted
-from megacl.data.shards import Source, TokenStream
+from megacl.data.source import Source, TokenStream
 from megacl.errors import DataError
 
 PADDING = -1

@@ -21,7 +21,7 @@ from megacl.config_phase import PhaseConfig, ReplayConfig, length_in_steps, shar
 from megacl.data.mixture import MAX_LINE, Mixture, first_to_run_out, integer_weights, renormalised
 from megacl.data.replay import draws_in_a_round, next_draw, policy_weights
 from megacl.data.sequences import build_sequences
-from megacl.data.shards import Source
+from megacl.data.source import Source
 from megacl.errors import ConfigError, DataError
 from megacl.lineage import (
     Lineage,

@@ -25,7 +25,7 @@ from typing import Literal
 
 from megacl.data.order import Int64, WindowedOrder, order_key, permuted
 from megacl.data.packing import PackedSequences
-from megacl.data.shards import Source
+from megacl.data.source import Source
 from megacl.errors import DataError
 
 

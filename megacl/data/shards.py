@@ -1,4 +1,4 @@
-"""Tokenized documents on disk: write a shard, read a source as one flat stream of tokens, verify a data folder.
+"""Tokenized documents on disk: what a shard is, how it is written, and how its documents are read.
 
 A shard is an Arrow IPC stream, uncompressed, of exactly one record batch. A row is a document: `tokens`, a list of
 uint16 or uint32 that ends with EOS, `text_bytes`, the length of its text, and `hash`, which tells the text. Plain
@@ -6,16 +6,14 @@ pyarrow and `datasets.Dataset.from_file` open it. megacl does not go through Arr
 `tokens` is all documents behind one another, so a shard is a flat memory map of that buffer, at an offset that
 shards.arrow records.
 
-    source = open_source("data/english")            # reads the manifest and the list of shards, touches no shard
-    source.train.tokens                             # how many there are, over all shards
-    source.train.read(start=10**9, length=2049)     # uint16 [2049], a view of the file where one shard holds it
-    source.train.gather(starts, length=2049)        # int64 [N, 2049]
+    row = write_shard(path, documents, split="train")       # its row for shards.arrow
+    documents = open_documents(folder, row, "uint16")       # mapped
+    documents.tokens(7)                                     # uint16 [tokens], of document 7
 """
 
-import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +23,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from megacl.data.manifest import (
-    MANIFEST,
-    SHARDS,
     DTypeName,
-    Generation,
     Hashes,
-    Manifest,
-    ShardList,
     ShardRow,
     Split,
-    read_manifest,
-    read_shards,
 )
+from megacl.data.store import RemoteFolder
 from megacl.errors import DataError
 from megacl.publish import publish_bytes
 
@@ -45,9 +37,6 @@ Tokens = npt.NDArray[Any]
 
 MAX_SHARD_TOKENS = 2**31 - 1
 """Arrow's lists count in 32 bits."""
-
-_OPEN_SHARDS = 16384
-"""Shards that a process keeps mapped, over all sources: Linux allows it 65,530 maps (vm.max_map_count) in all."""
 
 
 def token_dtype(vocab_size: int) -> DTypeName:
@@ -162,8 +151,8 @@ class _BadShardError(Exception):
         self.remedy = remedy
 
 
-def _map_batch(file: Path, row: ShardRow, dtype: DTypeName) -> Any:
-    """The record batch of a shard, mapped; _BadShardError if its size or header (not its tokens) is not as in its row.
+def _map_file(file: Path, row: ShardRow) -> Any:
+    """The bytes of a shard, mapped; _BadShardError if there are not as many as its row says.
 
     Its map holds no open file, unlike numpy's: a process may have far fewer files open than maps.
     """
@@ -181,7 +170,11 @@ def _map_batch(file: Path, row: ShardRow, dtype: DTypeName) -> Any:
                 f"the shard has {mapped.size()} bytes, but shards.arrow says {row.size}; it is truncated or not the "
                 "same file"
             )
-        content = mapped.read_buffer()
+        return mapped.read_buffer()
+
+
+def _batch_of(content: Any, row: ShardRow, dtype: DTypeName) -> Any:
+    """The record batch in a shard's bytes; _BadShardError if its header (not its tokens) is not as its row says."""
     try:
         batch = _only_batch(content)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -203,86 +196,15 @@ def _map_batch(file: Path, row: ShardRow, dtype: DTypeName) -> Any:
     return batch
 
 
-class TokenStream:
-    """All documents of a split behind one another, in the order of the rows, as one sequence of tokens.
-
-    Nothing is opened before the first read. A shard's size and header are compared with its row when it is first
-    read: DataError names the file. Positions count tokens from 0 to `tokens`; outside that, ValueError.
-    """
-
-    def __init__(self, folder: Path, shards: ShardList, dtype: DTypeName) -> None:
-        self.folder, self.shards, self.dtype = folder, shards, dtype
-        self.documents = int(shards.numbers("documents").sum())
-        self.text_bytes = int(shards.numbers("text_bytes").sum())
-        lengths = shards.numbers("tokens")
-        self.ends = np.cumsum(lengths)
-        """Where each shard's tokens end, int64 [shards]."""
-        self.begins = self.ends - lengths
-        """Where each shard's tokens begin, int64 [shards]."""
-        self.tokens = int(self.ends[-1]) if len(shards) else 0
-
-    def read(self, start: int, length: int) -> Tokens:
-        """Tokens [start, start + length): [length], of the shards' own type, read-only; a copy only across shards."""
-        self._check(start, start, length)
-        if length == 0:
-            return np.empty(0, self.dtype)
-        parts = list(self._parts(start, length, int(np.searchsorted(self.ends, start, side="right"))))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def gather(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-        """Tokens [start, start + length) for each of N starts: int64 [N, length]."""
-        result = np.empty((len(starts), length), np.int64)
-        if result.size == 0:
-            return result
-        self._check(int(starts.min()), int(starts.max()), length)
-        first = np.searchsorted(self.ends, starts, side="right")
-        last = np.searchsorted(self.ends, starts + (length - 1), side="right")
-        local = starts - self.begins[first]
-        inside = first == last
-        for row, shard, begin, whole in zip(
-            result, first.tolist(), local.tolist(), inside.tolist(), strict=True
-        ):  # one copy of `length` tokens each, widened on the way
-            if whole:
-                row[:] = _open_shard(self, shard)[begin : begin + length]
-        for index in np.flatnonzero(~inside).tolist():
-            np.concatenate(list(self._parts(int(starts[index]), length, int(first[index]))), out=result[index])
-        return result
-
-    def documents_of(self, shard: int) -> Documents:
-        """The documents of one shard, by its number; DataError if it is damaged or cannot be opened."""
-        return open_documents(self.folder, self.shards.row(shard), self.dtype)
-
-    def _check(self, lowest: int, highest: int, length: int) -> None:
-        if lowest < 0 or length < 0 or highest + length > self.tokens:
-            raise ValueError(
-                f"tokens [{lowest}, {highest + length}) are asked for; {self.folder} has [0, {self.tokens})"
-            )
-
-    def _parts(self, start: int, length: int, shard: int) -> Iterator[Tokens]:
-        """The tokens as one piece a shard that they lie in; `shard` is the one that holds `start`."""
-        while length > 0:
-            begin = start - int(self.begins[shard])
-            part = _open_shard(self, shard)[begin : begin + length]
-            yield part
-            start, length, shard = start + len(part), length - len(part), shard + 1
-
-
-# One for the whole process, since the limit is the process's. Keyed by the stream itself, not by its folder's name,
-# where other shards may lie by then; so a stream that was given up stays until newer shards push its own out.
-@functools.lru_cache(maxsize=_OPEN_SHARDS)
-def _open_shard(stream: TokenStream, shard: int) -> Tokens:
-    """The tokens of one of the stream's shards, read-only; DataError if it is damaged or cannot be opened."""
-    return open_documents(stream.folder, stream.shards.row(shard), stream.dtype).values
-
-
-def open_documents(folder: Path, row: ShardRow, dtype: DTypeName) -> Documents:
-    """The documents of a shard, mapped, read-only; DataError if it is damaged or cannot be opened."""
-    file = folder / row.path
+def open_documents(folder: Path | RemoteFolder, row: ShardRow, dtype: DTypeName) -> Documents:
+    """The documents of a shard, mapped, read-only; DataError if it is damaged, or cannot be opened or fetched."""
     try:
-        batch = _map_batch(file, row, dtype)
+        content = (
+            _map_file(folder / row.path, row) if isinstance(folder, Path) else pa.py_buffer(folder.open_shard(row))
+        )
+        return _documents(_batch_of(content, row, dtype), row, dtype)
     except _BadShardError as error:
-        raise DataError(f"{file}: {error}. {error.remedy}") from None
-    return _documents(batch, row, dtype)
+        raise DataError(f"{folder}/{row.path}: {error}. {error.remedy}") from None
 
 
 def _documents(batch: Any, row: ShardRow, dtype: DTypeName) -> Documents:
@@ -293,76 +215,6 @@ def _documents(batch: Any, row: ShardRow, dtype: DTypeName) -> Documents:
         np.frombuffer(text_bytes[1], np.int64, row.documents),
         np.frombuffer(hashes[1], np.uint64, row.documents),
     )
-
-
-@dataclass(frozen=True)
-class Source:
-    """One generation of a data folder, ready to read."""
-
-    name: str
-    path: Path
-    generation: int
-    since: int  # what this earlier generation held is left out; 0: nothing is
-    fingerprint: str
-    dtype: DTypeName
-    tokenizer_fingerprint: str
-    tokenizer_file: Path
-    vocab_size: int  # of the tokenizer: every token is below it
-    eos_id: int
-    held_out: float  # the part of the documents that is held out, by their hashes
-    train_documents: int
-    train: TokenStream
-    validation: TokenStream
-    window: int | None = None  # the order that its user asks for: data/sequences.py
-
-
-def open_source(path: str | Path, generation: int | None = None, since: int = 0) -> Source:
-    """Opens a data folder at a generation, the last one if None, without touching a shard.
-
-    since: leave out what that earlier generation held already. DataError if the folder, its manifest or its list of
-    shards is missing or damaged, has no such generation, or none of its shards is newer than `since`.
-    """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    state = manifest.at(generation, folder)
-    shards = read_shards(folder).at(state.generation)
-    _check_shards(folder, manifest, state, shards)
-    if since:
-        shards = shards.at(state.generation, since)
-        if not len(shards):
-            raise DataError(
-                f"{folder}: generation {state.generation} has no shard that generation {since} had not. Prepare new "
-                "documents into it, or lower `since`."
-            )
-    return Source(
-        name=manifest.source,
-        path=folder,
-        generation=state.generation,
-        since=since,
-        fingerprint=shards.fingerprint(manifest.tokenizer.fingerprint, manifest.dtype) if since else state.fingerprint,
-        dtype=manifest.dtype,
-        tokenizer_fingerprint=manifest.tokenizer.fingerprint,
-        tokenizer_file=folder / manifest.tokenizer.file,
-        vocab_size=manifest.tokenizer.vocab_size,
-        eos_id=manifest.tokenizer.eos_id,
-        held_out=manifest.validation,
-        train_documents=shards.totals("train").documents,
-        train=TokenStream(folder, shards.split("train"), manifest.dtype),
-        validation=TokenStream(folder, shards.split("validation"), manifest.dtype),
-    )
-
-
-def _check_shards(folder: Path, manifest: Manifest, state: Generation, shards: ShardList) -> None:
-    if len(shards) != state.shards:
-        raise DataError(
-            f"{folder / SHARDS}: it lists {len(shards)} shards of generation {state.generation}, but {MANIFEST} counts "
-            f"{state.shards}. Restore both files from one copy, or prepare the folder again."
-        )
-    if shards.fingerprint(manifest.tokenizer.fingerprint, manifest.dtype) != state.fingerprint:
-        raise DataError(
-            f"{folder}: the list of shards is not the one that generation {state.generation} was made with: its "
-            "fingerprint differs. Restore both files from one copy, or prepare the folder again."
-        )
 
 
 def hash_of(text: bytes) -> int:

@@ -17,20 +17,24 @@ from megacl.data.order import Int64, permuted
 from megacl.data.packing import PackedSequences
 from megacl.data.replay import Recut, is_replayed, replay_key, replayed_before
 from megacl.data.sequences import AnySequences, build_sequences
-from megacl.data.shards import Source, open_source
+from megacl.data.source import Source, open_source
+from megacl.data.store import ShardCache
 from megacl.errors import DataError
 from megacl.lineage import Lineage, MixturePiece, PhaseRecord, SourceRecord
 
 OpenSource = Callable[[SourceRecord], Source]
 
 
-def open_recorded(record: SourceRecord, known: Iterable[Source] = ()) -> Source:
-    """The source that a lineage names, from `known` or from where it lay; DataError where that is other data now."""
+def open_recorded(record: SourceRecord, known: Iterable[Source] = (), cache: ShardCache | None = None) -> Source:
+    """The source that a lineage names, from `known` or from where it lay; DataError where that is other data now.
+
+    cache: where the shards of one that lies on a store are fetched to.
+    """
     for source in known:
         if source.fingerprint == record.fingerprint:
             return source
     try:
-        source = open_source(record.path, record.generation, record.since)
+        source = open_source(record.path, record.generation, record.since, cache)
     except DataError as error:
         raise DataError(
             f"the model's history reads source {record.name!r}, fingerprint {record.fingerprint[:12]}, which is gone: "

@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megacl.data.shards import open_documents, open_source
+from megacl.data.shards import open_documents
+from megacl.data.source import open_source
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.data.tokenizer_training import train_tokenizer
 

@@ -1,5 +1,6 @@
 """Sources for tests whose tokens say where they lie: token p of source s is s * 100,000 + p."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ def counting_source(number: int, tokens: int, documents: int = 1, shards: int = 
     return SimpleNamespace(
         name=f"s{number}",
         path=f"/data/s{number}",
+        folder=Path(f"/data/s{number}"),
         generation=1,
         since=0,
         window=window,

@@ -1,5 +1,7 @@
 """The loader hands every rank its slice, the same whatever the number of ranks and wherever it resumes."""
 
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -74,3 +76,39 @@ def test_a_token_beyond_the_vocabulary_names_its_source() -> None:
     loader = Loader(make_stream(), batch_size=BATCH, rank=0, world_size=1, vocab_size=100_005)
     with pytest.raises(DataError, match=r"source 's1' .* holds token id 100\d+, but the model's vocab_size is 100005"):
         list(loader)
+
+
+@pytest.mark.parametrize("batch", [1, 12, 300])
+def test_small_batches_that_are_read_together_are_those_that_are_read_alone(batch: int) -> None:
+    sources = {"s0": counting_source(0, 5000)}
+    stream = begin(Lineage(), phase_config("p", {"s0": 1}, 700 // batch), sources, seq_length=5, batch=batch)
+    found = list(Loader(stream, batch_size=batch, rank=0, world_size=1, vocab_size=10**6))
+    assert [each.first_sample for each in found] == [batch * k for k in range(700 // batch)]
+    for each in found:
+        samples = np.arange(each.first_sample, each.first_sample + batch)
+        assert each.samples.tolist() == samples.tolist()
+        np.testing.assert_array_equal(each.tokens, stream.read(samples))
+
+
+def test_what_stages_a_batch_is_called_in_the_background_for_each_one() -> None:
+    threads = set()
+
+    def stage(tokens: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return tokens + 1
+
+    plain = Loader(make_stream(), batch_size=BATCH, rank=0, world_size=1, vocab_size=10**6)
+    staged = Loader(make_stream(), batch_size=BATCH, rank=0, world_size=1, vocab_size=10**6, stage=stage)
+    for one, other in zip(plain, staged, strict=True):
+        np.testing.assert_array_equal(one.tokens + 1, other.tokens)
+    assert threads == {"megacl-loader"}
+
+
+def test_the_time_waited_for_a_batch_is_counted() -> None:
+    stream = make_stream()
+    read = stream.read
+    stream.read = lambda samples: (time.sleep(0.2), read(samples))[1]  # type: ignore[method-assign]
+    loader = Loader(stream, batch_size=BATCH, rank=0, world_size=1, vocab_size=10**6)
+    assert loader.waited == 0
+    next(iter(loader))
+    assert loader.waited >= 0.2

@@ -63,7 +63,7 @@ def test_a_hundred_thousand_shards_open_without_listing_a_directory_and_in_littl
     script = """
 import os, resource, sys
 import numpy as np
-from megacl.data.shards import open_source
+from megacl.data.source import open_source
 from megacl.data.sequences import Sequences
 
 def refuse(*arguments):

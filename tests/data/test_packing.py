@@ -13,7 +13,7 @@ from streams import begin, finish, phase_config
 
 from megacl.data.loader import Loader
 from megacl.data.packing import PADDING, PackedSequences, pack
-from megacl.data.shards import open_source
+from megacl.data.source import open_source
 from megacl.data.stream import PhaseStream
 from megacl.errors import ConfigError, DataError
 from megacl.lineage import Lineage

@@ -23,7 +23,7 @@ from megacl.data.forms.reading import Reading
 from megacl.data.inputs import find_inputs, identify
 from megacl.data.manifest import InputFile, read_inputs, read_manifest
 from megacl.data.prepare import prepare
-from megacl.data.shards import Source, open_source
+from megacl.data.source import Source, open_source
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.data.tokenizer_training import train_tokenizer
 from megacl.data.verify import verify_source

@@ -19,7 +19,7 @@ from megacl.data.forms.reading import Reading
 from megacl.data.manifest import read_inputs, read_manifest
 from megacl.data.megatron import write_megatron
 from megacl.data.prepare import prepare
-from megacl.data.shards import open_source
+from megacl.data.source import open_source
 from megacl.data.tokenizer import Tokenizer
 from megacl.data.verify import verify_source
 from megacl.errors import ConfigError, DataError

@@ -25,7 +25,7 @@ from megacl.data.remove import (
     read_hashes,
     remove_documents,
 )
-from megacl.data.shards import open_source
+from megacl.data.source import open_source
 from megacl.data.tokenizer import Tokenizer
 from megacl.data.verify import verify_source
 from megacl.errors import ConfigError, DataError

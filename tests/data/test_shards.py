@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacl.data.manifest import Generation, Manifest, ShardList, ShardRow, TokenizerRecord, publish_manifest
-from megacl.data.shards import TokenStream, join_documents, open_source, token_dtype, write_shard
+from megacl.data.shards import join_documents, token_dtype, write_shard
+from megacl.data.source import TokenStream, open_source
 from megacl.data.verify import verify_source
 from megacl.errors import DataError
 
@@ -166,7 +167,7 @@ def test_a_stream_travels_to_another_process_without_its_data(tmp_path):
 def test_a_source_has_the_shards_of_its_generation(tmp_path):
     flat = make_source(tmp_path)
     first, last = open_source(tmp_path, 1), open_source(tmp_path)
-    assert (first.generation, last.generation, last.name, last.path) == (1, 2, "tiny", tmp_path)
+    assert (first.generation, last.generation, last.name, last.path) == (1, 2, "tiny", str(tmp_path))
     assert (last.vocab_size, last.eos_id, last.dtype) == (VOCABULARY, EOS, "uint16")
     assert last.tokenizer_file == tmp_path / "tokenizer.model"
     assert (first.train.documents, last.train.documents, last.validation.documents) == (60, 90, 30)
@@ -200,7 +201,7 @@ def test_a_source_may_have_more_shards_than_the_process_may_open_files(tmp_path)
 import pickle, resource, sys, threading
 from pathlib import Path
 import numpy as np
-from megacl.data.shards import TokenStream
+from megacl.data.source import TokenStream
 from megacl.errors import DataError
 
 folder = Path(sys.argv[1])

@@ -13,7 +13,7 @@ import numpy as np
 
 from megacl.data.packing import PackedSequences, pack
 from megacl.data.sequences import Sequences
-from megacl.data.shards import open_source
+from megacl.data.source import open_source
 
 DOCUMENTS = 10_000
 """Of one shard."""

@@ -1,0 +1,323 @@
+"""Data folders on object stores, read through a bounded cache of whole shards on a local disk.
+
+    cache = ShardCache(Path("/local/cache"), size=100 * 10**9)
+    folder = RemoteFolder("s3://bucket/english", cache)
+    folder.read("manifest.json")             # bytes, or None where there is no such object
+    mapped = folder.open_shard(row)          # the shard's bytes, fetched first where the cache has not got them
+
+A folder is any URL that pyarrow opens: s3://, gs://, hdfs://. S3 takes its keys from the usual places (such as
+AWS_ACCESS_KEY_ID), the region from AWS_DEFAULT_REGION or `?region=`, and another server than Amazon's from
+AWS_ENDPOINT_URL or `?endpoint_override=http://host:port`.
+
+The cache holds shards under their SHA-256, so folders and generations that share shards share their files, and nothing
+in it is ever out of date. All processes of a machine may use one: each shard is fetched by one of them, checked in size
+and hash, and published by rename. Where the files would exceed `size`, the least recently used go first, those that no
+process has open before those that one has. A process keeps at most OPEN_FETCHED shards of stores open; one that was
+deleted meanwhile takes up disk until then.
+
+What fails for a while (no connection, a server that answers 5xx or not at all) is tried again for `patience` seconds;
+what will not get better (refused keys, a missing object, a shard of another size or hash) ends in a DataError at once.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import parse_qsl, urlsplit
+
+from megacl.data.manifest import ShardRow
+from megacl.errors import DataError
+from megacl.publish import disk_errors, publish_bytes
+
+OPEN_FETCHED = 64
+"""Shards of stores that a process keeps open."""
+
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+_CHUNK = 2**23
+_CONNECT, _SILENCE = 5.0, 20.0
+"""Seconds that a connection to S3 may take, and that one may be silent, before the next try."""
+_FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
+_REFUSED = re.compile(
+    r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|INVALID_SIGNATURE|SIGNATURE_DOES_NOT_MATCH|"
+    r"MISSING_AUTHENTICATION_TOKEN|UNRECOGNIZED_CLIENT|EXPIRED_TOKEN|HTTP status 40[13]"
+)
+_T = TypeVar("_T")
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a data folder's path names a store and not a local folder."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+class StoppedError(Exception):
+    """A fetch that is no longer wanted was broken off."""
+
+
+class ShardCache:
+    """Whole shards on a local disk, `size` bytes of them at most."""
+
+    def __init__(self, path: Path, size: int, patience: float = 120.0) -> None:
+        """patience: seconds for which what may get better is tried again."""
+        self.path, self.size, self.patience = path, size, patience
+
+    def holds(self, row: ShardRow) -> bool:
+        """Whether the shard is there; it then counts as just used."""
+        try:
+            os.utime(self._file(row))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def open(self, row: ShardRow, fetch: Callable[[BinaryIO], None]) -> BinaryIO:
+        """The shard's file, opened; `fetch` writes its content into a file where it is not there.
+
+        While it, or a map of it, is open in any process, it is deleted after all others.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            return self._opened(row)
+        with disk_errors(self._file(row), "a fetched shard"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path / f".lock-{row.sha256[:2]}"):  # others who want this shard wait for it here
+                with contextlib.suppress(FileNotFoundError):
+                    return self._opened(row)
+                return self._fetched(row, fetch)
+
+    def _file(self, row: ShardRow) -> Path:
+        return self.path / f"{row.sha256}.arrow"
+
+    def _opened(self, row: ShardRow) -> BinaryIO:
+        opened = open(self._file(row), "rb")  # noqa: SIM115 (the caller's)
+        fcntl.flock(opened, fcntl.LOCK_SH)
+        os.utime(opened.fileno())
+        return opened
+
+    def _fetched(self, row: ShardRow, fetch: Callable[[BinaryIO], None]) -> BinaryIO:
+        part = self.path / f"{row.sha256}.part"
+        with _locked(self.path / ".lock"):
+            self._make_room(row)
+            opened = open(part, "w+b")  # noqa: SIM115 (the caller's)
+            fcntl.flock(opened, fcntl.LOCK_SH)
+            opened.truncate(row.size)  # so that others count it
+        try:
+            fetch(opened)
+            opened.flush()
+            os.fsync(opened.fileno())
+            os.replace(part, self._file(row))
+        except BaseException:
+            opened.close()
+            part.unlink(missing_ok=True)
+            raise
+        return opened
+
+    def _make_room(self, row: ShardRow) -> None:
+        """Deletes least recently used shards until one more fits."""
+        if row.size > self.size:
+            raise DataError(
+                f"{self.path}: a shard of {row.size:,} bytes does not fit into a cache of {self.size:,}; "
+                "raise cache.size."
+            )
+        found = []
+        for file in (*self.path.glob("*.arrow"), *self.path.glob("*.part")):
+            with contextlib.suppress(FileNotFoundError):
+                status = file.stat()
+                found.append((status.st_mtime_ns, status.st_size, file))
+        excess = sum(size for _, size, _ in found) + row.size - self.size
+        in_use = []
+        for _, size, file in sorted(found):
+            if excess <= 0:
+                return
+            if _is_open(file):
+                if file.suffix != ".part":
+                    in_use.append((size, file))
+            else:
+                file.unlink(missing_ok=True)
+                excess -= size
+        for size, file in in_use:
+            if excess <= 0:
+                return
+            file.unlink(missing_ok=True)  # whoever has it open goes on reading it
+            excess -= size
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Holds the kernel's lock on a file, which it makes; a process that dies lets go of it."""
+    with open(file, "wb") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+
+
+def _is_open(file: Path) -> bool:
+    """Whether some process holds the file by `ShardCache.open`."""
+    try:
+        with open(file, "rb") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+class RemoteFolder:
+    """A data folder on a store. It pickles; each process makes its own connection."""
+
+    def __init__(self, url: str, cache: ShardCache) -> None:
+        self.url, self.cache = url, cache
+        self._connection: tuple[Any, str] | None = None
+
+    def __reduce__(self) -> tuple[type["RemoteFolder"], tuple[str, ShardCache]]:
+        return RemoteFolder, (self.url, self.cache)
+
+    def __str__(self) -> str:
+        return self.url.split("?")[0].rstrip("/")
+
+    def read(self, name: str) -> bytes | None:
+        """A small file's content, None where there is none; DataError where the store cannot be read."""
+
+        def attempt() -> bytes:
+            store, root = self._store()
+            with store.open_input_file(f"{root}/{name}") as opened:
+                content: bytes = opened.read()
+            return content
+
+        try:
+            return self._patiently(name, attempt)
+        except FileNotFoundError:
+            return None
+
+    def why_missing(self) -> str:
+        """What is missing where the manifest is: the bucket, or just the manifest."""
+        store, root = self._store()
+        bucket = root.split("/")[0]
+        found = self._patiently("", lambda: store.get_file_info(bucket))
+        return f"there is no bucket {bucket!r}" if found.type.name == "NotFound" else "no manifest.json there"
+
+    def copy_tokenizer(self, name: str, sha256: str) -> Path:
+        """A local copy of a tokenizer, with the record of what it extends; DataError where it is missing or another."""
+        folder = self.cache.path / "tokenizers" / sha256
+        if not (folder / name).exists():
+            content = self.read(name)
+            if content is None or hashlib.sha256(content).hexdigest() != sha256:
+                what = "is missing" if content is None else "is not the one that the manifest names"
+                raise DataError(f"{self}/{name}: it {what}. Upload the whole folder again.")
+            folder.mkdir(parents=True, exist_ok=True)
+            record = f"{name}.extends.json"
+            if (extends := self.read(record)) is not None:
+                publish_bytes(folder / record, extends, "a fetched tokenizer")
+            publish_bytes(folder / name, content, "a fetched tokenizer")
+        return folder / name
+
+    def open_shard(self, row: ShardRow) -> mmap.mmap:
+        """A shard's bytes, mapped, fetched first where the cache has not got them. DataError where that fails."""
+        with self.cache.open(row, lambda file: self._fetch(row, file, None)) as opened:
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def fetch_ahead(self, row: ShardRow, stop: threading.Event) -> None:
+        """Sees to it that the cache has a shard. DataError where that fails, StoppedError once `stop` is set."""
+        if not self.cache.holds(row):
+            self.cache.open(row, lambda file: self._fetch(row, file, stop)).close()
+
+    def _fetch(self, row: ShardRow, file: BinaryIO, stop: threading.Event | None) -> None:
+        where = f"{self}/{row.path}"
+
+        def attempt() -> str:
+            store, root = self._store()
+            digest = hashlib.sha256()
+            with store.open_input_file(f"{root}/{row.path}") as opened:
+                if opened.size() != row.size:
+                    raise DataError(
+                        f"{where}: the shard has {opened.size()} bytes, but shards.arrow says {row.size}; it is "
+                        "truncated or not the same file. Upload it again."
+                    )
+                file.seek(0)
+                while file.tell() < row.size:
+                    if stop is not None and stop.is_set():
+                        raise StoppedError
+                    chunk = opened.read(_CHUNK)
+                    if not chunk:
+                        raise OSError("the connection ended too early")
+                    digest.update(chunk)
+                    with disk_errors(self.cache.path, "a fetched shard"):
+                        file.write(chunk)
+            return digest.hexdigest()
+
+        try:
+            found = self._patiently(row.path, attempt, stop)
+        except FileNotFoundError:
+            raise DataError(f"{where}: the shard is missing. Upload it again.") from None
+        if found != row.sha256:
+            raise DataError(f"{where}: its hash is not the one in shards.arrow; it was changed. Upload it again.")
+
+    def _store(self) -> tuple[Any, str]:
+        """pyarrow's file system, and the folder's path in it."""
+        if self._connection is None:
+            self._connection = _connect(self.url)
+        return self._connection
+
+    def _patiently(self, name: str, attempt: Callable[[], _T], stop: threading.Event | None = None) -> _T:
+        """What `attempt` returns, tried again while the store fails in a way that may pass."""
+        where = f"{self}/{name}".rstrip("/")
+        end, delay = time.monotonic() + self.cache.patience, _FIRST_DELAY
+        while True:
+            try:
+                return attempt()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                reason = str(error).splitlines()[0]
+                if _REFUSED.search(reason) or error.errno in (errno.EACCES, errno.EPERM):
+                    raise DataError(
+                        f"{where}: the store refuses access ({reason}). Look at the keys in the environment "
+                        "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3) and at what they may read."
+                    ) from None
+                if time.monotonic() + delay > end:
+                    raise DataError(
+                        f"{where}: the store cannot be read, tried for {self.cache.patience:g} s ({reason}). Run the "
+                        "same command again once it can, or raise cache.patience."
+                    ) from None
+            if stop is None:
+                time.sleep(delay)
+            elif stop.wait(delay):
+                raise StoppedError
+            delay = min(2 * delay, _LONGEST_DELAY)
+
+
+def _connect(url: str) -> tuple[Any, str]:
+    from pyarrow import ArrowException, fs
+
+    parts = urlsplit(url)
+    if parts.username or parts.password:
+        raise DataError(
+            f"{parts.scheme}://...@{parts.hostname}{parts.path}: a path must not hold keys, since every checkpoint "
+            "records it; put them into the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY for S3)."
+        )
+    try:
+        if parts.scheme != "s3":
+            store, root = fs.FileSystem.from_uri(url)
+            return store, root.rstrip("/")
+        settings = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+        if unknown := settings.keys() - {"region", "endpoint_override", "scheme"}:
+            raise ValueError(f"unknown settings {', '.join(sorted(unknown))}")
+        defaults = {  # which pyarrow takes from the environment for URLs, but then with time limits of its own
+            "region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
+            "endpoint_override": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+        }
+        store = fs.S3FileSystem(
+            **{**defaults, **settings},
+            connect_timeout=_CONNECT,
+            request_timeout=_SILENCE,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # we try again ourselves
+        )
+        return store, f"{parts.netloc}{parts.path}".rstrip("/")
+    except (ArrowException, ValueError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{url}: pyarrow cannot open it as a folder ({reason}); look at the URL.") from None
