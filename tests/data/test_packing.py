@@ -1,6 +1,7 @@
 """Packing by best fit against its rules, applied one by one, and against first fit."""
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,6 +146,7 @@ def listed_source(shards: list[list[int]], name: str = "s") -> Any:
     return SimpleNamespace(
         name=name,
         path=f"/data/{name}",
+        folder=Path(f"/data/{name}"),
         generation=1,
         since=0,
         window=None,
