@@ -121,10 +121,9 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on where the run directory stands.")] = True,
 ) -> None:
     """Train a run: its phases one after another. The same command goes on after an interruption."""
-    from megacl.configfile import load
+    from megacl.configfile import load_arguments
 
-    files = [argument for argument in config if "=" not in argument or os.path.isfile(argument)]
-    run = load(files, [argument for argument in config if argument not in files])
+    run = load_arguments(config)
     if dry_run:
         from megacl.plan import plan_text
 

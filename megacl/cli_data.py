@@ -182,6 +182,86 @@ def dedup(
     print(f"generation {report.generation} is without them" if report.generation else "nothing was changed")
 
 
+@data_app.command()
+def plan(
+    config: Annotated[list[str], typer.Argument(help="CONFIG.yaml... and section.key=value..., as `megacl train`.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """What each phase of a run reads and replays: tokens, shares, epochs, and what runs out when."""
+    import dataclasses
+    import json
+
+    from megacl.configfile import load_arguments
+    from megacl.evaluate import table_text
+    from megacl.plan import phase_line, plan_data
+
+    run = load_arguments(config)
+    phases = plan_data(run)
+    if json_output:
+        trees = [
+            {
+                "phase": phase.record.name,
+                "done": phase.done,
+                "steps": phase.record.budget_steps,
+                "tokens": phase.record.tokens,
+                "readings": [dataclasses.asdict(reading) for reading in phase.readings],
+                "notices": phase.notices,
+            }
+            for phase in phases
+        ]
+        print(json.dumps(trees, indent=1, ensure_ascii=False))
+        return
+    for index, phase in enumerate(phases):
+        print(phase_line(run, index, phase.record.budget_steps, done=phase.done))
+        rows = [
+            [
+                reading.name if reading.kind == "source" else f"{reading.kind} {reading.name}",
+                f"{reading.tokens:,}",
+                f"{reading.share:.2%}",
+                f"{reading.epochs:.2f}",
+                f"step {reading.runs_out:,}" if reading.runs_out else "",
+            ]
+            for reading in phase.readings
+        ]
+        for line in table_text(["reads", "tokens", "share", "times by then", "runs out"], rows):
+            print(f"  {line}")
+        for line in phase.notices:
+            print(f"  warning: {line}")
+
+
+@data_app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    steps: Annotated[str, typer.Option(help="Optimizer steps of the run, A:B, both included, or A alone.")],
+    limit: Annotated[int, typer.Option(min=1, help="How many samples to show.")] = 16,
+    json_output: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
+) -> None:
+    """The text that a run read in some of its steps: where a loss jumped, say."""
+    import dataclasses
+    import itertools
+    import json
+    import re
+    import sys
+
+    from megacl.history import samples_of_steps
+
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", steps)
+    if match is None:
+        raise ConfigError(f"--steps is {steps!r}; it must be two steps of the run, 100:103, or one, 100.")
+    samples = samples_of_steps(run, int(match[1]), int(match[2] or match[1]))
+    for read in itertools.islice(samples, limit):
+        if json_output:
+            print(json.dumps(dataclasses.asdict(read), ensure_ascii=False))
+            continue
+        where = f"{read.source}, token {read.start:,}"
+        if read.replayed:
+            where += f", replayed from {'phase ' + read.replayed_phase if read.replayed_phase else 'that source'}"
+        print(f"--- step {read.step}, phase {read.phase}, sample {read.sample}: {where}")
+        print("\n--- document ends\n".join(read.documents))
+    if next(samples, None) is not None:
+        print(f"these steps have more samples than --limit {limit}", file=sys.stderr)
+
+
 def print_prepared(out: Path, report: "PrepareReport") -> None:
     """What a prepare, a task of one, or a merge has done."""
     what = f"generation {report.generation}" if report.generation else "done, and waits for the other tasks and a merge"

@@ -10,6 +10,7 @@ mappings merge key by key. Whatever is wrong is said in one line: the setting's 
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import types
 import typing
@@ -141,6 +142,12 @@ def load_tree(paths: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, 
 def load(paths: Sequence[str], overrides: Sequence[str] = ()) -> RunConfig:
     """The checked configuration of a run. Raises ConfigError, in one line, at the first thing that is wrong."""
     return from_tree(load_tree(paths, overrides))
+
+
+def load_arguments(arguments: Sequence[str]) -> RunConfig:
+    """`load` of a command line's arguments: what holds an "=" and is no file's name is an override."""
+    files = [argument for argument in arguments if "=" not in argument or os.path.isfile(argument)]
+    return load(files, [argument for argument in arguments if argument not in files])
 
 
 @functools.cache

@@ -239,7 +239,7 @@ def describe(lineage: Lineage) -> str:
         )
         lines += [f"  {line}" for line in describe_mixture(phase)]
         for source in phase.sources:
-            out = "" if source.runs_out is None else f"; ran out at step {phase.step_of(source.runs_out)}"
+            out = "" if source.runs_out is None else f"; would run out at step {phase.step_of(source.runs_out):,}"
             lines.append("  read " + _describe_source(source) + out)
         if phase.replay:
             part = f"{float(phase.replay.fraction):.4g} of each batch, {phase.replay.samples:,} sequences"

@@ -25,7 +25,7 @@ LEVELS = [
     "data.lookahead data.loader "
     "model.layers model.gpt optimizer",
     "engine engine_deepspeed checkpoint parallel.apply",
-    "convert evaluate predict plan sample resume saw",
+    "convert evaluate predict plan sample resume history saw",
     "trainer",
     "release report report_run report_plots slurm",
     "study",

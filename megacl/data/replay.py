@@ -110,7 +110,7 @@ def next_draw(lineage: Lineage, name: str, *, permuted: bool, seq_length: int) -
 
 def replay_key(phase: PhaseRecord, seq_length: int) -> int:
     """The key of the permutation in which the policy `uniform` reads a phase's own samples, cut to `seq_length`."""
-    return order_key(seed=phase.seed, fingerprint=f"replay of {phase.run}/{phase.name}", seq_length=seq_length)
+    return order_key(seed=phase.seed, fingerprint=f"replay of phase {phase.name}", seq_length=seq_length)
 
 
 @dataclass(frozen=True)
