@@ -264,8 +264,8 @@ class PhaseConfig:
     schedule: ScheduleConfig
     weights_by: Literal["given", "tokens", "documents"] = "given"
     """What a source's number in a mixture multiplies: 1, its training tokens, or its training documents."""
-    temperature: Annotated[float, Field(gt=0, description="above 1 it evens the shares out")] = 1.0
-    """Shares are proportional to weight^(1 / temperature)."""
+    temperature: Annotated[float, Field(gt=0, description="the root that is taken of weights")] = 1.0
+    """Shares are proportional to weight^(1 / temperature): above 1 it evens them out."""
     mixture_changes: tuple[MixtureChange, ...] = ()
     when_exhausted: Literal["repeat", "stop", "renormalise"] = "repeat"
     """Once a source has been read to its end: again, the phase ends, or the others fill its places."""

@@ -133,6 +133,54 @@ def test_what_follows_from_a_setting_is_derived(base: str) -> None:
         ),
         ("phases[0].replay={share: 0.1}", "phases[0].replay has nothing to replay: this is the model's first phase."),
         ("phases[1].replay.from_sources={a: 1}", "replay.from and from_sources are both given"),
+        (
+            "phases[1].replay={share: 0.2, from: {p0: 1}, policy: uniform}",
+            "phases[1].replay.from is given, and policy uniform sets the weights itself; leave one of them out.",
+        ),
+        (
+            "phases[1].replay={share: 0.2, from_sources: {a: 1}, policy: latest}",
+            "phases[1].replay.policy is latest, which is over earlier phases; leave it out, or from_sources.",
+        ),
+        (
+            "phases[1].replay={share: 0.2, from_sources: {a: 1}, max_times: 2}",
+            "phases[1].replay.max_times is given, which counts replays of earlier phases; leave it out, or",
+        ),
+        (
+            "phases[1].replay={share: 0.2, d: 2}",
+            "phases[1].replay.d is given, which only power_law and exponential have, and policy is original; leave it",
+        ),
+        (
+            "phases[1].replay={share: 0.2, policy: latest, age: tokens}",
+            "phases[1].replay.age is given, which only power",
+        ),
+        ("phases[1].replay.max_times=0", "phases[1].replay.max_times is 0; it must be greater than or equal to 1"),
+        ("phases[1].replay.policy=newest", "phases[1].replay.policy is 'newest'; it must be 'original', 'uniform'"),
+        ("phases[1].temperature=0", "phases[1].temperature is 0; it must be greater than 0. It is the root that is"),
+        ("phases[1].weights_by=size", "phases[1].weights_by is 'size'; it must be 'given', 'tokens' or 'documents'."),
+        ("phases[1].when_exhausted=end", "phases[1].when_exhausted is 'end'; it must be 'repeat', 'stop'"),
+        (
+            "phases[0].mixture_changes=[{at: 50%, mixture: {c: 1}}]",
+            "phases[0].mixture_changes[0].mixture names 'c', which is not in sources.",
+        ),
+        (
+            "phases[0].mixture_changes=[{at: 50%, mixture: {}}]",
+            "phases[0].mixture_changes[0].mixture is empty; it must name at least one source and its weight.",
+        ),
+        (
+            "phases[0].mixture_changes=[{at: 50%, mixture: {a: 1}}, {at: 50 steps, mixture: {b: 1}}]",
+            "phases[0].mixture_changes[1].at is '50 steps', step 50; it must lie after step 50, where the mixture "
+            "before begins, and not after step 99 of 100.",
+        ),
+        ("phases[0].mixture_changes=[{at: 100%, mixture: {b: 1}}]", "is '100%', step 100; it must lie after step 0"),
+        ("phases[0].mixture_changes=[{at: 101%, mixture: {b: 1}, how: linear}]", "and not after step 100 of 100."),
+        (
+            "phases[0].mixture_changes=[{at: 0 steps, mixture: {b: 1}}]",
+            "is '0 steps', step 0; it must lie after step 0",
+        ),
+        (
+            "phases[0].mixture_changes=[{att: 50%, mixture: {b: 1}}]",
+            "phases[0].mixture_changes[0].att is not a setting; did you mean phases[0].mixture_changes[0].at?",
+        ),
         ("phases[1].name=p0", "phases[1].name is 'p0', as that of phases[0]; name it differently."),
         ("phases[0].name=a b", "phases[0].name is 'a b'; it must match pattern"),
         ("phases[7].name=x", "there is no element 7; the list has 2, counted from 0."),
