@@ -188,15 +188,6 @@ class PackedSequences:
         rows: Int64 = _rows(self._packed)[0][shards] + within
         return rows
 
-    def pieces(self, row: int) -> list[tuple[int, int]]:
-        """What a row holds: where in the training stream each piece begins, and how many tokens it has."""
-        packed = self._packed
-        begins, ends = _rows(packed)
-        shard = int(np.searchsorted(ends, row, side="right"))
-        begin = int(packed.stream.begins[shard])
-        firsts, lengths = _packing(packed, shard).row(row - int(begins[shard]))
-        return [(begin + first, length) for first, length in zip(firsts, lengths, strict=True)]
-
     def read(self, starts: Int64) -> Int64:
         """Tokens, int64 [N, T + 1], of the rows `starts`, int64 [N]."""
         packed, stream, eos = self._packed, self.source.train, self.source.eos_id
