@@ -29,6 +29,76 @@ def verify(folder: Annotated[Path, typer.Argument(help="A data folder.")]) -> No
 
 
 @data_app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A data folder.")],
+    generation: Annotated[int | None, typer.Option(help="By default the newest.")] = None,
+    documents: Annotated[int, typer.Option(min=0, help="How many documents to show the beginnings of.")] = 3,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """What is in a folder: generations, inputs, how long documents are and how some begin."""
+    import dataclasses
+    import json
+
+    from megacl.data.overview import QUANTILES, look_into
+    from megacl.evaluate import table_text
+
+    found = look_into(folder, generation, documents)
+    if json_output:
+        print(json.dumps(dataclasses.asdict(found), indent=1, ensure_ascii=False))
+        return
+    manifest, state, lengths = found.manifest, found.state, found.lengths
+    tokenizer = manifest.tokenizer
+    print(f"{folder}: source {manifest.source!r}, generation {state.generation} of {len(manifest.generations)}")
+    print(
+        f"tokenizer {tokenizer.file}, {tokenizer.vocab_size:,} ids ({manifest.dtype}), fingerprint "
+        f"{tokenizer.fingerprint[:12]}; {manifest.validation:g} of the documents held out"
+    )
+    print(
+        f"{state.shards:,} shards, {found.bytes_on_disk:,} bytes on disk"
+        + (f"; {found.bytes_of_others:,} more of other generations" if found.bytes_of_others else "")
+    )
+    columns = ["generation", "made by", "documents", "held out", "tokens", "bytes of text", "bytes/token", "left out"]
+    rows = []
+    for each in manifest.generations:
+        tokens = each.train.tokens + each.validation.tokens
+        text_bytes = each.train.text_bytes + each.validation.text_bytes
+        rows.append(
+            [
+                str(each.generation),
+                f"{each.made_by}, purged" if each.purged_by else each.made_by,
+                f"{each.train.documents + each.validation.documents:,}",
+                f"{each.validation.documents:,}",
+                f"{tokens:,}",
+                f"{text_bytes:,}",
+                f"{text_bytes / tokens:.2f}",
+                f"{each.bad_lines + each.empty_documents + each.removed_documents:,}",
+            ]
+        )
+    for line in table_text(columns, rows):
+        print(line)
+    which = "all documents" if lengths.whole else f"{lengths.documents:,} documents of 64 shards"
+    marks = ", ".join(f"{q:.0%} {value:,}" for q, value in zip(QUANTILES, lengths.quantiles, strict=True))
+    print(f"tokens a document, of {which}: {lengths.mean:,.1f} on average; {marks}")
+    print(f"inputs: {len(found.inputs):,} files, {sum(each.size for each in found.inputs):,} bytes")
+    for start in found.starts:
+        print(f"  {start!r}")
+
+
+@data_app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A data folder.")],
+    out: Annotated[Path, typer.Option(help="PREFIX of the PREFIX.bin and PREFIX.idx to write.")],
+    split: Annotated[Literal["train", "validation"], typer.Option(help="Which documents.")] = "train",
+    generation: Annotated[int | None, typer.Option(help="By default the newest.")] = None,
+) -> None:
+    """Write a split as a Megatron dataset, .bin and .idx."""
+    from megacl.data.export import export_megatron
+
+    documents, tokens = export_megatron(folder, out, split=split, generation=generation)
+    print(f"{out}.bin, {out}.idx: {documents:,} documents, {tokens:,} tokens")
+
+
+@data_app.command()
 def merge(out: Annotated[Path, typer.Argument(help="The data folder that tasks were prepared into.")]) -> None:
     """Publish what the tasks of `megacl prepare --task I/N` have done, once all are done."""
     from megacl.data.prepare import merge as merge_tasks

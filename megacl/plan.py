@@ -88,6 +88,8 @@ def plan_phases(found: Found) -> Iterator[tuple[int, PhaseStream, Lineage]]:
 def check_phases(found: Found, say: Callable[[str], None]) -> int:
     """Goes through the phases that are left and says what is to be known of them; returns the steps of all phases."""
     lineage = found.origin.lineage
+    for line in split_notice(found):
+        say(line)
     for index, stream, after in plan_phases(found):
         lineage = after
         for line in notices(found.config, index, stream):
@@ -98,6 +100,18 @@ def check_phases(found: Found, say: Callable[[str], None]) -> int:
 def run_phases(after: Lineage, config: RunConfig) -> tuple[PhaseRecord, ...]:
     """The records of the configuration's phases; after: the lineage where they are over."""
     return after.phases[-len(config.phases) :]
+
+
+def split_notice(found: Found) -> list[str]:
+    """A line where the run's sources hold out different parts of their documents: copies may be on both sides then."""
+    parts = {name: source.held_out for name, source in found.inputs.sources.items()}
+    if len({*parts.values()}) < 2:
+        return []
+    named = ", ".join(f"{name} {part:g}" for name, part in parts.items())
+    return [
+        f"the sources hold out different parts of their documents ({named}): one that two of them have may be held out "
+        "of one and trained on in the other. Prepare them with the same --validation, or with --dedup-against."
+    ]
 
 
 def notices(config: RunConfig, index: int, stream: PhaseStream) -> list[str]:
@@ -187,6 +201,7 @@ def plan_text(config: RunConfig, *, resume: bool = True) -> Iterator[str]:
     packed: dict[int, list[str]] = {}
     if not missing:
         found = find_inputs(config, origin, open_sources(config, origin))
+        yield from (f"warning: {line}" for line in split_notice(found))
         for index, stream, after in plan_phases(found):
             records[index], warned[index] = after.phases[-1], notices(found.config, index, stream)
             packed[index] = stream.packings()
@@ -315,7 +330,7 @@ def plan_data(config: RunConfig) -> list[PlannedPhase]:
             record=record,
             done=index < found.origin.phase,
             readings=readings(Lineage(phases=lineage.phases[: before + index + 1])),
-            notices=[*(warnings if index == found.origin.phase else ()), *said.get(index, [])],
+            notices=[*([*warnings, *split_notice(found)] if index == found.origin.phase else ()), *said.get(index, [])],
         )
         for index, record in enumerate(run_phases(lineage, config))
     ]

@@ -31,12 +31,14 @@ _RECALL = 0.99
 
 # Thai to Khmer, kana, the Chinese characters, Hangul: scripts in which a space does not end a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+")
+_UNSPACED_LETTER = re.compile(rf"[{_UNSPACED}]")
+_WORD = re.compile(r"\w+")
+_WORD_OR_LETTER = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+")  # at half the speed
 
 
 def shingles(text: str) -> set[str]:
     """The runs of five words in a text; of fewer words all of them, and without any the text itself."""
-    words = _WORD.findall(text.lower())
+    words = (_WORD_OR_LETTER if _UNSPACED_LETTER.search(text) else _WORD).findall(text.lower())
     if len(words) < SHINGLE_WORDS:
         return {" ".join(words) or text}
     return set(map(" ".join, zip(*(words[start:] for start in range(SHINGLE_WORDS)), strict=False)))
@@ -45,7 +47,7 @@ def shingles(text: str) -> set[str]:
 def sign(texts: Sequence[str]) -> Signatures:
     """The signatures of some texts. LaunchError if rensa is not installed."""
     minhash = load_minhash()
-    found = minhash.digests_from_token_sets([sorted(shingles(text)) for text in texts], PERMUTATIONS, _SEED)
+    found = minhash.digests_from_token_sets([list(shingles(text)) for text in texts], PERMUTATIONS, _SEED)
     return np.array(found, np.uint32).reshape(len(texts), PERMUTATIONS)
 
 
