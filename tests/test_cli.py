@@ -133,6 +133,23 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_sources_that_hold_out_different_parts_are_named_before_a_run(
+    prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    from megacl.data.prepare import prepare
+    from megacl.data.tokenizer import load_tokenizer
+
+    equal = prepared.config_file(tmp_path / "equal")
+    assert "hold out different parts" not in command_line(capsys, "train", equal, "--dry-run")[1]
+    other = tmp_path / "german"
+    documents = str(prepared.documents["german"])
+    prepare([documents], tokenizer=load_tokenizer(prepared.tokenizer), out=other, validation=0.3)
+    sources = {"english": {"path": str(prepared.sources["english"])}, "german": {"path": str(other)}}
+    config = prepared.config_file(tmp_path / "run", sources=sources)
+    said = "warning: the sources hold out different parts of their documents (english 0.2, german 0.3): one that two"
+    assert said in command_line(capsys, "train", config, "--dry-run")[1]
+
+
 def test_a_dry_run_takes_the_rate_to_go_on_from_also_where_data_is_not_prepared(
     run: Path, prepared: Prepared, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -33,7 +33,7 @@ REMOVED = "removed.arrow"
 
 Split = Literal["train", "validation"]
 DTypeName = Literal["uint16", "uint32"]
-MadeBy = Literal["prepare", "merge", "remove", "dedup"]
+MadeBy = Literal["prepare", "remove", "dedup"]
 Count = Annotated[int, Field(ge=0)]
 Hashes = npt.NDArray[np.uint64]
 """The first 8 bytes of BLAKE2b (with a digest of 8 bytes) of documents' texts in UTF-8, as big-endian numbers."""
