@@ -12,7 +12,7 @@ one. The signatures come from rensa, a MinHash in Rust.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -73,22 +73,20 @@ def is_near(signatures: Signatures, classes: npt.NDArray[np.uint8], threshold: f
 
     signatures: of all documents; may be mapped. classes: [documents]; a smaller class comes before a larger one, and
     inside a class documents come in their order. Documents of class 0 always stay, and have no say over those of class
-    1. Memory: about 40 bytes a document, and some 3 KB for each one that shares a band with another.
+    1. Memory: about 50 bytes a document, and 1 KB for each one that shares a band with another.
     """
     rows = band_rows(threshold)
     bands = PERMUTATIONS // rows
     suspect = np.zeros(len(classes), np.bool_)
     for band in range(bands):
-        keys = _keys(signatures, band, rows)
-        order = np.argsort(keys)
-        same = keys[order[1:]] == keys[order[:-1]]
-        suspect[order[1:][same]] = suspect[order[:-1][same]] = True
+        suspect |= _shared(_keys(signatures, band, rows))
     numbers = np.flatnonzero(suspect)
     numbers = numbers[np.argsort(classes[numbers], kind="stable")]
     chosen = signatures[numbers]
-    keys_of = np.stack([_keys(chosen, band, rows) for band in range(bands)], axis=1)
+    keys = np.stack([_keys(chosen, band, rows) for band in range(bands)])
+    shared = np.stack([_shared(each) for each in keys])
     gone = np.zeros(len(classes), np.bool_)
-    gone[numbers] = _greedy(chosen, keys_of, classes[numbers], lambda shared: shared >= threshold - 1e-9)
+    gone[numbers] = _greedy(chosen, keys.T, shared.T, classes[numbers], threshold)
     return gone
 
 
@@ -101,22 +99,35 @@ def _keys(signatures: Signatures, band: int, rows: int) -> npt.NDArray[np.uint64
     return keys
 
 
+def _shared(keys: npt.NDArray[np.uint64]) -> Mask:
+    """Which of the numbers stand there more than once: bool [N]."""
+    order = np.argsort(keys)
+    same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+    found = np.zeros(len(keys), np.bool_)
+    found[order[same]] = found[order[same + 1]] = True
+    return found
+
+
 def _greedy(
     signatures: Signatures,
     keys: npt.NDArray[np.uint64],
+    shared: Mask,
     classes: npt.NDArray[np.uint8],
-    is_close: Callable[[Any], Any],
+    threshold: float,
 ) -> Mask:
-    """Which documents, in order of precedence, are close to one that stayed and shares a band."""
+    """Which documents, in order of precedence, are near to one that stayed and shares a band; [N], [N, bands]."""
     gone = np.zeros(len(signatures), np.bool_)
-    stayed: list[dict[int, list[int]]] = [{} for _ in range(keys.shape[1])]
-    for index, (own, kind) in enumerate(zip(keys.tolist(), classes.tolist(), strict=True)):
+    stayed: dict[tuple[int, int], list[int]] = {}
+    for index, kind in enumerate(classes.tolist()):
+        bands = np.flatnonzero(shared[index])
+        own = list(zip(bands.tolist(), keys[index, bands].tolist(), strict=True))
         if kind:
-            met = {other for bucket, key in zip(stayed, own, strict=True) for other in bucket.get(key, ())}
+            met = {other for key in own for other in stayed.get(key, ())}
             others = np.array([other for other in met if kind > 1 or classes[other]], np.int64)
-            if len(others) and is_close((signatures[others] == signatures[index]).mean(axis=1)).any():
+            alike = (signatures[others] == signatures[index]).mean(axis=1)
+            if (alike >= threshold - 1e-9).any():
                 gone[index] = True
                 continue
-        for bucket, key in zip(stayed, own, strict=True):
-            bucket.setdefault(key, []).append(index)
+        for key in own:
+            stayed.setdefault(key, []).append(index)
     return gone
