@@ -7,7 +7,7 @@ import numpy as np
 
 from megacl.data.manifest import Split
 from megacl.data.megatron import Ids, write_megatron
-from megacl.data.shards import TokenStream, open_source
+from megacl.data.source import TokenStream, open_source
 from megacl.errors import DataError
 
 

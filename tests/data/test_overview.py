@@ -13,7 +13,7 @@ from megacl.data.export import export_megatron
 from megacl.data.megatron import open_megatron
 from megacl.data.overview import QUANTILES, look_into
 from megacl.data.prepare import prepare
-from megacl.data.shards import open_source
+from megacl.data.source import open_source
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.errors import DataError
 
