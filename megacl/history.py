@@ -16,11 +16,12 @@ import numpy as np
 from megacl.configfile import load
 from megacl.data.order import Int64
 from megacl.data.packing import PADDING
-from megacl.data.shards import open_source
+from megacl.data.source import open_source
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.errors import ConfigError
 from megacl.lineage import Lineage, load_lineage
+from megacl.resume import shard_cache
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,15 @@ def samples_of_steps(run_dir: Path, first: int, last: int) -> Iterator[ReadSampl
         raise ConfigError(
             f"{run_dir}: there are no steps {first} to {last}; the phases that have begun have steps 1 to {steps}."
         )
-    known = [open_source(source.path, source.generation, source.since) for source in config.sources.values()]
+    cache = shard_cache(config)
+    known = [open_source(source.path, source.generation, source.since, cache) for source in config.sources.values()]
     tokenizer_of = functools.cache(load_tokenizer)
     before = 0
     for index, record in begun:
         since, until = max(first - before, 1), min(last - before, record.budget_steps)
         if since <= until:
             stream = PhaseStream(
-                Lineage(phases=lineage.phases[: index + 1]), lambda wanted: open_recorded(wanted, known)
+                Lineage(phases=lineage.phases[: index + 1]), lambda wanted: open_recorded(wanted, known, cache)
             )
             for step in range(since, until + 1):
                 yield from _samples_of_step(stream, lineage, step, before + step, tokenizer_of)
