@@ -12,7 +12,7 @@ from runs import command_line, last_state, losses, metrics
 
 from megacl.checkpoint import list_checkpoints
 from megacl.configfile import from_tree
-from megacl.data.shards import open_source
+from megacl.data.source import open_source
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.data.tokenizer import load_tokenizer
 from megacl.errors import ConfigError
