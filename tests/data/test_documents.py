@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacl.data.documents import cut_blocks, cut_portions_ahead, read_documents, read_segment
+from megacl.data.forms import BadDocumentError
 from megacl.data.forms.reading import Reading
 from megacl.data.inputs import find_inputs
 from megacl.errors import ConfigError, DataError
@@ -130,6 +131,32 @@ def test_a_json_array_is_refused_with_what_takes_it_apart(tmp_path):
     assert "raw.json:1: the line begins a JSON array" in refusal(tmp_path / "raw.json")
     (tmp_path / "raw.json").write_text('[{"text": "a"}]')
     assert "raw.json:1: the line is not a JSON object" in refusal(tmp_path / "raw.json")
+
+
+def json_says(line: bytes) -> str | None:
+    """The text of a line by Python's own json, None if it has none that is UTF-8."""
+    try:
+        text = json.loads(line.decode())["text"]
+        return text if isinstance(text, str) and text.encode() is not None else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+@given(data=st.data())
+def test_a_line_is_what_pythons_own_json_makes_of_it(data):
+    whole = r'{"text": "aä\n\u00e9\ud83d\ude00", "x": [1, 2.5e9, null, "\ud83d"], "": {"text": NaN}}'
+    line = bytearray(whole.encode())
+    for _ in range(data.draw(st.integers(0, 3))):
+        place = data.draw(st.integers(0, len(line) - 1))
+        replacement = data.draw(
+            st.sampled_from([b"", b'"', b"\\", b"{", b"]", b",", b"0", b"\xff", b"\xc3", b"\0", b"ud800"])
+        )
+        line[place : place + data.draw(st.integers(0, 1))] = replacement
+    try:
+        found: str | None = Reading().text_of_line(bytes(line))
+    except BadDocumentError:
+        found = None
+    assert found == json_says(bytes(line))
 
 
 def test_what_datasets_saved_is_its_data_files_alone(tmp_path):

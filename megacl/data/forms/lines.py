@@ -131,8 +131,6 @@ def read(
 
 def place(segment: Segment, position: int) -> str:
     """The file's name and the number, from 1, of the line that begins at a position; it may be slow."""
-    if segment.end == 0:
-        return segment.file.name
     if segment.content is not None:
         line = segment.lines_before + segment.content.count(b"\n", 0, position - segment.start) + 1
         return f"{segment.file.name}:{line}"
