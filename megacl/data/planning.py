@@ -63,34 +63,16 @@ def plan_phase(
     share = share_of(phase.replay.share) if phase.replay else Fraction(0)
     places = _Places(share, global_batch_size)
     records = {
-        name: SourceRecord(
-            name=name,
-            path=str(sources[name].path),
-            generation=sources[name].generation,
-            since=sources[name].since,
-            window=sources[name].window,
-            fingerprint=sources[name].fingerprint,
-            train_tokens=sources[name].train.tokens,
-            first=_draws_taken(lineage, sources[name], seq_length, packing, seed),
-            tokens_before=_tokens_read(lineage, sources[name]),
-        )
+        name: _source_record(lineage, name, sources[name], seq_length, packing, seed)
         for name in (*phase.source_names, *((phase.replay.from_sources or ()) if phase.replay else ()))
     }
     own = tuple(records[name] for name in phase.source_names)
-    left = [
-        max(0, build_sequences(sources[record.name], seq_length, seed, record.window, packing).n - record.first)
-        if phase.when_exhausted != "repeat"
-        else _ENDLESS
-        for record in own
-    ]
     pieces = _pieces(phase, sources, steps, seq_length, places)
-    pieces, steps, out = _until_exhausted(phase, pieces, left, steps, places)
-    if steps == 0:
-        unread = ", ".join(f"{left[index]:,} sequences of {own[index].name}" for index in out)
-        raise ConfigError(
-            f"phase {phase.name!r} ends before its first batch is full: the model has yet to read {unread}. "
-            "Change the mixture, prepare more, or set when_exhausted to repeat."
-        )
+    out: dict[int, int] = {}
+    if phase.when_exhausted != "repeat":
+        built = [build_sequences(sources[r.name], seq_length, seed, r.window, packing) for r in own]
+        left = [max(0, cut.n - record.first) for cut, record in zip(built, own, strict=True)]
+        pieces, steps, out = _until_exhausted(phase, pieces, left, steps, places)
     own_samples = places.own(steps * global_batch_size)
     counts = Mixture(pieces).counts(own_samples).tolist()
     replay = None
@@ -124,10 +106,6 @@ def plan_phase(
     )
 
 
-_ENDLESS = 2**62
-"""Draws that a source has which begins again at its end."""
-
-
 def _check_names(phase: PhaseConfig, sources: Mapping[str, Source]) -> None:
     named = [*phase.source_names, *((phase.replay.from_sources or ()) if phase.replay else ())]
     first_of: dict[str, str] = {}
@@ -137,6 +115,23 @@ def _check_names(phase: PhaseConfig, sources: Mapping[str, Source]) -> None:
             raise ConfigError(
                 f"phase {phase.name!r} reads the same data twice, as {twin!r} and {name!r}; one weight says it all."
             )
+
+
+def _source_record(
+    lineage: Lineage, name: str, source: Source, seq_length: int, packing: str, seed: int
+) -> SourceRecord:
+    """A source as a phase begins with it, under its name in the configuration."""
+    return SourceRecord(
+        name=name,
+        path=str(source.path),
+        generation=source.generation,
+        since=source.since,
+        window=source.window,
+        fingerprint=source.fingerprint,
+        train_tokens=source.train.tokens,
+        first=_draws_taken(lineage, source, seq_length, packing, seed),
+        tokens_before=_tokens_read(lineage, source),
+    )
 
 
 def _draws_taken(lineage: Lineage, source: Source, seq_length: int, packing: str, seed: int) -> int:
@@ -241,16 +236,23 @@ def _before(pieces: tuple[MixturePiece, ...], samples: int) -> tuple[MixturePiec
 def _until_exhausted(
     phase: PhaseConfig, pieces: tuple[MixturePiece, ...], left: Sequence[int], steps: int, places: _Places
 ) -> tuple[tuple[MixturePiece, ...], int, dict[int, int]]:
-    """(pieces, steps, the own sample with which each source runs out) under the phase's `when_exhausted`."""
+    """(pieces, steps, the own sample with which each source runs out) under `when_exhausted: stop` or `renormalise`.
+
+    left: draws that each source has left. Raises ConfigError where not one batch is left.
+    """
     samples = places.own(steps * places.batch_size)
-    if phase.when_exhausted == "repeat":
-        return pieces, steps, {}
     if phase.when_exhausted == "stop":
         found = first_to_run_out(Mixture(pieces), left, samples)
         end, out = (found[0], {found[1]: found[0]}) if found else (samples, {})
     else:
         pieces, end, out = renormalised(pieces, left, samples)
     steps = places.whole_steps(end, steps)
+    if steps == 0:
+        unread = ", ".join(f"{left[index]:,} sequences of {phase.source_names[index]}" for index in out)
+        raise ConfigError(
+            f"phase {phase.name!r} ends before its first batch is full: the model has yet to read {unread}. "
+            "Change the mixture, prepare more, or set when_exhausted to repeat."
+        )
     return _before(pieces, places.own(steps * places.batch_size)), steps, out
 
 
