@@ -24,9 +24,9 @@ from megacl.data.stream import PhaseStream
 from megacl.errors import ConfigError, DataError, on_this_rank
 
 _AHEAD = 4
-"""Batches that stand ready, beside the one being used and those under way."""
-_ROWS = 256
-"""Sequences that are read together where batches are smaller: half of the time to read 16 is spent on calls."""
+"""Reads whose batches stand ready, beside the one being used and the one under way."""
+_ROWS = 128
+"""Sequences that are read together where batches are smaller: most of the time to read 16 is spent on calls."""
 
 
 def check_tokens(tokens: Int64, vocab_size: int, source: Source) -> None:
@@ -105,10 +105,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         budget = self._stream.record.budget_samples
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_AHEAD)
+        ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=_AHEAD)
         stop = threading.Event()
 
-        def put(item: Batch | BaseException) -> None:
+        def put(item: list[Batch] | BaseException) -> None:
             while not stop.is_set():
                 try:
                     return ready.put(item, timeout=0.1)
@@ -129,8 +129,7 @@ class Loader:
                     while first + self._batch_size <= budget and not stop.is_set():
                         count = min(count, (budget - first) // self._batch_size)
                         look_ahead.reached(first)
-                        for batch in self._read(first, count):
-                            put(batch)
+                        put(list(self._read(first, count)))
                         first += count * self._batch_size
                         count = max(1, _ROWS // self._rows)
             except BaseException as error:  # raised again where the batch is asked for
@@ -145,8 +144,9 @@ class Loader:
                 self.waited += time.perf_counter() - asked
                 if isinstance(item, BaseException):
                     raise item
-                self._next = item.first_sample + self._batch_size
-                yield item
+                for batch in item:
+                    self._next = batch.first_sample + self._batch_size
+                    yield batch
         finally:
             stop.set()
             thread.join()

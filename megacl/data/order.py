@@ -95,12 +95,14 @@ class WindowedOrder:
         """Items in one epoch."""
         self._arranged = functools.lru_cache(maxsize=2)(self._arrange)  # a batch may begin the next epoch
 
-    def _arrange(self, epoch: int) -> tuple[Int64, Int64]:
-        """The lists of an epoch in their order, as indices of `_lists`, and where each one's items end in it."""
+    def _arrange(self, epoch: int) -> tuple[Int64, Int64, Int64]:
+        """The lists of an epoch in their order, as indices of `_lists`; where each one's items end; windows' edges."""
         lists = len(self._lists)
         # The complement of the key, since the key itself orders the windows' items.
         order = permuted(np.arange(lists) + epoch * lists, lists, self._key ^ (2**64 - 1))
-        return order, np.cumsum(self._counts[order])
+        ends = np.cumsum(self._counts[order])
+        last = np.minimum(np.arange(self._window, lists + self._window, self._window), lists) - 1
+        return order, ends, np.concatenate([[0], ends[last]])
 
     def locate(self, draws: Int64) -> tuple[Int64, Int64]:
         """(list, item in it) of each draw, counted over all epochs: int64 [N] -> two of int64 [N]."""
@@ -112,15 +114,13 @@ class WindowedOrder:
         return lists, items
 
     def _locate_in(self, epoch: int, places: Int64) -> tuple[Int64, Int64]:
-        order, ends = self._arranged(epoch)
-        last = np.minimum(np.arange(self._window, len(ends) + self._window, self._window), len(ends)) - 1
-        edges = np.concatenate([[0], ends[last]])
+        order, ends, edges = self._arranged(epoch)
         windows = np.searchsorted(edges, places, side="right") - 1
         permuted_places = np.empty_like(places)
         for window in np.unique(windows).tolist():
             mine = np.flatnonzero(windows == window)
             begin, size = int(edges[window]), int(edges[window + 1] - edges[window])
-            round_ = epoch * len(last) + window  # each window of each epoch is an epoch of its own to `permuted`
+            round_ = epoch * (len(edges) - 1) + window  # each window of each epoch is an epoch of its own to `permuted`
             permuted_places[mine] = begin + permuted(places[mine] - begin + round_ * size, size, self._key)
         at = np.searchsorted(ends, permuted_places, side="right")
         return self._lists[order[at]], permuted_places - (ends[at] - self._counts[order[at]])

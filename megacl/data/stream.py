@@ -88,6 +88,8 @@ class _OwnSamples:
     def read(self, samples: Int64) -> Int64:
         """Tokens, int64 [N, T + 1], of own samples, int64 [N]."""
         source, starts = self.locate(samples)
+        if len(self.cuts) == 1:  # most of the time of reading is copying: once is enough
+            return self.cuts[0].read(starts)
         tokens = np.empty((samples.size, self.cuts[0].seq_length + 1), dtype=np.int64)
         for index, cut in enumerate(self.cuts):
             mine = np.flatnonzero(source == index)
@@ -216,6 +218,8 @@ class PhaseStream:
     def read(self, samples: Int64) -> Int64:
         """Tokens, int64 [N, T + 1], of samples, int64 [N] in [0, budget); where `padded`, some are PADDING."""
         replayed, number = self._parts(samples)
+        if not replayed.any():
+            return self._own.read(number)
         tokens = np.empty((samples.size, self.seq_length + 1), dtype=np.int64)
         new, again = np.flatnonzero(~replayed), np.flatnonzero(replayed)
         if new.size:
