@@ -25,7 +25,7 @@ Memory: at most 0.5 GB for each worker and a few blocks for the parent, whatever
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,10 +115,9 @@ def prepare(
     its encoding and normal form; by default the field "text" in UTF-8, as it is.
     skip_bad: leave out lines without a document, and count them, instead of stopping. dedup: leave out documents whose
     text stands earlier in the inputs or in the folder's newest generation; dedup_against: and those that these other
-    data folders hold, for training or held out. task: (I, N) does share I of N,
-    counted from 1, and publishes nothing; it may run while other tasks of the same command do, and `merge` publishes
-    what all of them did. workers: processes; by default
-    one for each core that this process may use. progress: called with the bytes of input done and in all.
+    data folders hold, for training or held out. task: (I, N) does share I of N, counted from 1, and publishes nothing;
+    it may run while other tasks of the same command do, and `merge` publishes what all of them did. workers: processes;
+    by default one for each core that this process may use. progress: called with the bytes of input done and in all.
     block_bytes: input that becomes one shard. A command that has been carried out already does nothing; input files are
     known by their whole content, under any name, which is read once for that before all else.
 
@@ -167,6 +166,8 @@ def prepare(
             inputs=digest_of_files(found.files),
             passed_over=found.passed_over,
         )
+        if not task:
+            _check_nothing_waits(command, work)
         done = _do_task(command, found.files, recipe, state, tokenizer, number, workers, progress)
         if task and not isinstance(done, Generation):
             return _report_of_task(*done, found.passed_over, time.monotonic() - begun)
@@ -180,8 +181,8 @@ def merge(out: str | Path, *, workers: int | None = None) -> PrepareReport:
     """Publishes what the tasks of a command have done, as `prepare` without a task would have.
 
     Does nothing where no task waits, and reports the newest generation. workers: processes that write shards anew where
-    documents are left out as duplicates or as removed earlier. DataError: a task is not done, an input changed
-    since its task read it, and all that `prepare` finds at its end; nothing is published then.
+    documents are left out as duplicates or as removed earlier. DataError: a task is not done, an input changed since
+    its task read it, and all that `prepare` finds at its end; nothing is published then.
     """
     begun = time.monotonic()
     folder, work = Path(out), Path(out) / PREPARE_WORK
@@ -199,6 +200,16 @@ def merge(out: str | Path, *, workers: int | None = None) -> PrepareReport:
             made = _publish(command, state, work, workers or usable_cores())
             clear_work(work)
     return _report_of_generation(made, state, command.passed_over if command else (), time.monotonic() - begun)
+
+
+def _check_nothing_waits(command: Command, work: Path) -> None:
+    """DataError if the work folder, which is cleared at the end, has results of another command's tasks."""
+    waiting = read_command(work)
+    if waiting and waiting.tasks > 1 and replace(waiting, tasks=1) != command:
+        raise DataError(
+            f"{work.parent}: tasks of another prepare wait there for `megacl data merge {work.parent}`. Merge them "
+            f"first, or delete {work}."
+        )
 
 
 def _dedup_settings(dedup: bool, against: Sequence[str]) -> dict[str, str | bool]:

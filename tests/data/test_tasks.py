@@ -128,6 +128,21 @@ def test_tasks_of_two_commands_are_not_mixed(tmp_path, raw, tokenizer, alone):
     assert contents(out) == alone
 
 
+def test_a_prepare_does_not_clear_away_the_tasks_of_another(tmp_path, raw, texts, tokenizer, alone):
+    out = tmp_path / "out"
+    for number in (1, 2):
+        prepare(**arguments(raw, tokenizer, out, task=(number, 3)))
+    before = contents(out)
+    more = write_lines(tmp_path / "more.jsonl", [f"{text} more" for text in texts[:100]])
+    with pytest.raises(DataError, match=r"out: tasks of another prepare wait there for `megacl data merge .*out`"):
+        prepare(**arguments(more, tokenizer, out))
+    assert contents(out) == before
+    kept = {file.stat().st_ino for file in (out / ".prepare").glob("*.arrow")}
+    prepare(**arguments(raw, tokenizer, out))  # the same, without tasks, goes on with what they did
+    assert contents(out) == alone
+    assert kept <= {file.stat().st_ino for file in out.glob("*.arrow")}
+
+
 def test_an_input_that_changed_after_its_task_is_named(tmp_path, texts, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = [write_lines(Path(f"{number}.jsonl"), texts[number * 200 : number * 200 + 200]) for number in (0, 1)]
