@@ -462,9 +462,9 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory, texts) -> Path:
-    """About 4 MB: long enough to be interrupted."""
+    """About 13 MB: long enough to be interrupted."""
     shuffler = random.Random(0)
-    return write_lines(tmp_path_factory.mktemp("large") / "large.jsonl", shuffler.choices(texts, k=1200))
+    return write_lines(tmp_path_factory.mktemp("large") / "large.jsonl", shuffler.choices(texts, k=4000))
 
 
 @pytest.fixture(scope="module")
@@ -871,7 +871,7 @@ def test_a_full_disk_is_one_line_and_with_room_the_same_command_goes_on(
         assert isinstance(caught.value, DataError)
         assert "\n" not in str(caught.value)
         assert not (disk / "out" / "manifest.json").exists()
-        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)
         prepare([str(large)], **arguments, block_bytes=BLOCK)
         assert contents(disk / "out") == undisturbed
     finally:
