@@ -149,7 +149,7 @@ class Engine(ABC):
     def stage(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """The same tokens, in pinned memory where the device is a GPU, so that copying them there runs beside it.
 
-        They must be kept until the step that takes them has returned.
+        They must be kept until the step that takes them has returned. What it saves was not measured on a GPU yet.
         """
         if self._device.type != "cuda":
             return tokens

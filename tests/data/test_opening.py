@@ -18,6 +18,10 @@ from megacl.data.manifest import (
     TokenizerRecord,
     publish_manifest,
 )
+from megacl.data.prepare import prepare
+from megacl.data.source import open_source
+from megacl.data.stream import open_recorded
+from megacl.data.tokenizer import load_tokenizer
 from megacl.plan import plan_phases
 from megacl.resume import Origin, find_inputs, open_sources
 from tests.conftest import Prepared
@@ -100,3 +104,23 @@ def test_what_one_process_opened_another_plans_and_reads_with_without_the_lists(
     found = find_inputs(config, origin, pickle.loads(packed))
     for (_, stream, _), tokens in zip(plan_phases(found), expected, strict=True):
         np.testing.assert_array_equal(stream.read(np.arange(50)), tokens)
+
+
+def test_a_phase_reads_only_what_a_new_generation_added_and_the_lineage_finds_it_again(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    shutil.copytree(prepared.sources["english"], tmp_path / "both")
+    tokenizer = load_tokenizer(prepared.tokenizer)
+    prepare([str(prepared.documents["german"])], tokenizer=tokenizer, out=tmp_path / "both", validation=0.2)
+    sources = {
+        "english": {"path": str(tmp_path / "both"), "generation": 1},
+        "german": {"path": str(tmp_path / "both"), "since": 1},
+    }
+    config, origin = from_tree(prepared.tree(tmp_path / "run", sources=sources)), Origin(None, None, None)
+    found = find_inputs(config, origin, open_sources(config, origin))
+    (_, english, _), (_, german, lineage) = plan_phases(found)
+    alone = open_source(prepared.sources["german"]).train
+    assert german.sources[0].train.read(0, alone.tokens).tolist() == alone.read(0, alone.tokens).tolist()
+    assert [(s.generation, s.since) for s in (english.record.sources[0], german.record.sources[0])] == [(1, 0), (2, 1)]
+    for record in lineage.sources.values():
+        assert open_recorded(record).fingerprint == record.fingerprint
