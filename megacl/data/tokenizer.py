@@ -126,7 +126,8 @@ class Tokenizer(ABC):
         found = np.asarray(ids, np.int64)
         if found.size and not 0 <= int(found.min()) <= int(found.max()) < self.vocab_size:
             raise ValueError(f"ids must lie in [0, {self.vocab_size}), but they reach {found.min()} to {found.max()}")
-        return [int(each) for each in found]
+        ids_of_python: list[int] = found.tolist()
+        return ids_of_python
 
 
 class SentencePieceTokenizer(Tokenizer):
