@@ -207,3 +207,12 @@ def test_a_folder_that_holds_no_run_is_one_line(tmp_path: Path, capsys: Capture)
     status, _, err = command_line(capsys, "data", "sample", str(tmp_path), "--steps", "1")
     assert status == 2
     assert f"{tmp_path} is neither a run nor a checkpoint" in err
+
+
+def test_the_padding_of_packed_rows_is_no_text(prepared: Prepared, tmp_path: Path, capsys: Capture) -> None:
+    phase = {"name": "p", "mixture": {"english": 1}, "steps": 1, "schedule": {"kind": "constant", "max_lr": 1e-3}}
+    assert train(from_tree(tree(prepared, tmp_path / "run", phases=[phase], packing="best_fit"))) == "done"
+    capsys.readouterr()
+    status, out, _ = command_line(capsys, "data", "sample", str(tmp_path / "run"), "--steps", "1", "--limit", "20")
+    assert status == 0
+    assert out.count("--- step 1, phase p, sample ") == 20
