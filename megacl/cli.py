@@ -11,11 +11,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megacl.cli_data import data_app, print_prepared
+from megacl.cli_data import Normalize, TextForm, data_app, print_prepared
 from megacl.errors import ConfigError, DataError, LaunchError, MegaclError
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 GO_ON_LATER = 75
-
-Normalize = Literal["none", "nfc", "nfkc"]
-TextForm = Literal["document", "paragraphs"]
 
 
 @app.command()

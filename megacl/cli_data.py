@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from megacl.errors import ConfigError
+from megacl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megacl.data.prepare import PrepareReport
+    from megacl.data.remove import RemoveReport
     from megacl.saw import Sighting
+
+Normalize = Literal["none", "nfc", "nfkc"]
+TextForm = Literal["document", "paragraphs"]
 
 data_app = typer.Typer(help="Look after prepared data.", no_args_is_help=True)
 
@@ -99,14 +103,14 @@ def export(
 
 
 @data_app.command()
-def merge(out: Annotated[Path, typer.Argument(help="The data folder that tasks were prepared into.")]) -> None:
+def merge(
+    out: Annotated[Path, typer.Argument(help="The data folder that tasks were prepared into.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")] = None,
+) -> None:
     """Publish what the tasks of `megacl prepare --task I/N` have done, once all are done."""
     from megacl.data.prepare import merge as merge_tasks
 
-    print_prepared(out, merge_tasks(out))
-
-
-Normalize = Literal["none", "nfc", "nfkc"]
+    print_prepared(out, merge_tasks(out, workers=workers))
 
 
 @data_app.command()
@@ -128,13 +132,14 @@ def remove(
     field: Annotated[str, typer.Option(help="With --documents: as for prepare.")] = "text",
     encoding: Annotated[str, typer.Option(help="With --documents: as for prepare.")] = "utf-8",
     normalize: Annotated[Normalize, typer.Option(help="With --documents: as for prepare.")] = "none",
+    text: Annotated[TextForm | None, typer.Option(help="With --documents: as for prepare.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Take documents out: a new generation without them, and who has seen them.
 
-    They are named by their texts, their hashes, or a pattern, or several of these. They do not come back by a later
-    prepare. Earlier generations keep them, unless --purge.
+    They are named by their texts, their hashes, or a pattern, or several of these. Those named by text or hash do not
+    come in by a later prepare, whether they are there now or not. Earlier generations keep them, unless --purge.
     """
     import dataclasses
     import json
@@ -150,8 +155,8 @@ def remove(
         raise ConfigError("name the documents to remove: --documents, --hashes or --matching.")
     named = [read_hashes(hashes)] if hashes else []
     if documents:
-        named.append(hashes_of_texts(documents, Reading(field, encoding, normalize)))
-    wanted = Wanted(np.concatenate([np.empty(0, np.uint64), *named]), matching)
+        named.append(hashes_of_texts(documents, Reading(field, encoding, normalize, text)))
+    wanted = Wanted(np.unique(np.concatenate([np.empty(0, np.uint64), *named])), matching)
     workers = workers or usable_cores()
     with changing(folder) as state:
         matches = find_documents(state, wanted, workers)
@@ -161,7 +166,13 @@ def remove(
             from megacl.saw import who_saw
 
             sightings, problems = who_saw(state, matches, runs)
-        report = None if dry_run else remove_documents(state, matches, purge=purge, workers=workers)
+        refused = purge and bool(problems) and not dry_run
+        report = None if dry_run or refused else remove_documents(state, matches, purge=purge, workers=workers)
+    if refused:
+        raise DataError(
+            f"{problems[0]} Nothing was removed, since after a purge nobody can tell. Mend or move the run, or purge "
+            "without --runs."
+        )
     if json_output:
         tree = {
             "documents": matches.documents,
@@ -169,6 +180,7 @@ def remove(
             "tokens": matches.tokens,
             "text_bytes": matches.text_bytes,
             "hashes": [f"{value:016x}" for value in matches.hashes.tolist()],
+            "absent": [f"{value:016x}" for value in matches.absent.tolist()],
             "removed": dataclasses.asdict(report) if report else None,
             "seen": [dataclasses.asdict(each) for each in sightings],
             "problems": problems,
@@ -178,14 +190,18 @@ def remove(
     print(
         f"{folder}: {matches.documents:,} documents of generation {state.number} ({matches.held_out:,} held out), "
         f"{matches.tokens:,} tokens, {matches.text_bytes:,} bytes of text; {len(matches.hashes):,} different ones over "
-        "all generations"
+        f"all generations, and {len(matches.absent):,} that are in none"
     )
     if runs:
         _print_sightings(sightings, problems)
+    _print_removed(report)
+
+
+def _print_removed(report: "RemoveReport | None") -> None:
     if report is None or report.generation is None:
         print("nothing was changed")
         return
-    print(f"generation {report.generation} is without them")
+    print(f"generation {report.generation} is without them; {report.recorded:,} hashes more that never come in again")
     if report.unreadable:
         lost = ", ".join(map(str, report.unreadable))
         print(f"deleted {report.files:,} shards; generations that cannot be read any more: {lost}")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,14 @@ def test_the_command_says_who_saw_the_documents_before_it_removes_them(tmp_path,
     assert [(each["phase"], each["holding"]) for each in tree["seen"]] == [
         ("one-source", [f"{tmp_path}/runs/run@12"])
     ]  # fmt: skip
+    save_run(tmp_path / "runs" / "broken", Lineage())
+    (tmp_path / "runs" / "broken" / "lineage.json").write_text("{")
+    status, _, err = command_line(capsys, *arguments, "--purge")
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{tmp_path}/runs/broken: what it saw cannot be told: " in err
+    assert "Nothing was removed, since after a purge nobody can tell. Mend or move the run" in err
     assert open_source(folder.path).generation == 2
+    shutil.rmtree(tmp_path / "runs" / "broken")
     status, out, _ = command_line(capsys, *arguments, "--purge")
     assert status == 0
     assert "2 documents of generation 2 (0 held out)" in out

@@ -5,9 +5,12 @@
         report = remove_documents(state, matches)
 
 Shards that hold such documents are written anew without them, which makes a generation. removed.arrow keeps the hashes,
-so the documents do not come back with a later prepare. Earlier generations stay as they are, and so do runs that pin
-them, unless `purge` deletes every shard that holds one of the documents: then the bytes are gone, and a generation that
-had such a shard cannot be read any more. The raw inputs and checkpoints are not touched.
+also those that were asked for and are of no document there (yet, or not any more), so the documents do not come in with
+a later prepare or merge. A pattern finds what is there, and says nothing about what comes later.
+
+Earlier generations stay as they are, and so do runs that pin them, unless `purge` deletes every shard that holds one of
+the documents: then the bytes are gone, and a generation that had such a shard cannot be read any more. The raw inputs
+and checkpoints are not touched.
 """
 
 import contextlib
@@ -22,9 +25,8 @@ import numpy.typing as npt
 
 from megacl.data.documents import read_documents
 from megacl.data.forms.reading import Reading
-from megacl.data.generations import CHANGE_WORK as WORK
-from megacl.data.generations import PREPARE_WORK, Change, FolderState, publish_generation
-from megacl.data.manifest import DTypeName, Hashes, ShardRow
+from megacl.data.generations import CHANGE_WORK, PREPARE_WORK, Change, FolderState, publish_generation
+from megacl.data.manifest import DTypeName, Hashes, ShardRow, read_removed
 from megacl.data.rewrite import without_documents
 from megacl.data.shards import hash_of, open_documents
 from megacl.data.tokenizer import load_tokenizer
@@ -71,6 +73,8 @@ class Matches:
 
     hashes: Hashes
     """Of the documents, sorted, each once."""
+    absent: Hashes
+    """Those asked for that are of no document there, likewise."""
     places: dict[int, npt.NDArray[np.int64]]
     """Row of the folder's list of shards -> the numbers of the documents in that shard."""
     documents: int
@@ -100,7 +104,8 @@ def find_documents(state: FolderState, wanted: Wanted, workers: int) -> Matches:
                 if current[index]:
                     documents = len(found.places)
                     counts += [documents, documents * bool(held_out[index]), found.tokens, found.text_bytes]
-    return Matches(np.unique(np.concatenate(hashes)), dict(sorted(places.items())), *map(int, counts))
+    every = np.unique(np.concatenate(hashes))
+    return Matches(every, np.setdiff1d(wanted.hashes, every), dict(sorted(places.items())), *map(int, counts))
 
 
 @dataclass(frozen=True)
@@ -145,11 +150,14 @@ class RemoveReport:
     """Earlier generations that were purged."""
     files: int
     """How many shards were deleted from the disk."""
+    recorded: int
+    """How many hashes the list of removed documents has more than before."""
 
 
 def remove_documents(state: FolderState, matches: Matches, *, purge: bool = False, workers: int = 1) -> RemoveReport:
-    """Publishes the generation without the documents found. DataError if nothing would be left, or the disk refuses.
+    """Publishes the generation without the documents found, in which all hashes asked for are recorded as removed.
 
+    Nothing is done where that would change nothing. DataError if nothing would be left, or the disk refuses.
     purge: delete from the disk every shard of earlier generations that holds one of the documents.
     """
     if purge and (state.folder / PREPARE_WORK).exists():
@@ -159,8 +167,10 @@ def remove_documents(state: FolderState, matches: Matches, *, purge: bool = Fals
         )
     holding = np.zeros(len(state.shards), np.bool_)
     holding[list(matches.places)] = True
-    if not matches.documents and not (purge and holding.any()):
-        return RemoveReport(None, (), 0)
+    known = read_removed(state.folder, state.number).hashes
+    recorded = np.setdiff1d(np.concatenate([matches.hashes, matches.absent]), known)
+    if not (matches.documents or len(recorded) or (purge and holding.any())):
+        return RemoveReport(None, (), 0, 0)
     current = state.shards.where(state.shards.is_at(state.number))
     keep = np.ones(int(current.numbers("documents").sum()), np.bool_)
     begins = np.cumsum(current.numbers("documents")) - current.numbers("documents")
@@ -171,16 +181,17 @@ def remove_documents(state: FolderState, matches: Matches, *, purge: bool = Fals
     going, added = without_documents(state, keep, workers)
     made = publish_generation(
         state,
-        state.folder / WORK,
+        state.folder / CHANGE_WORK,
         Change(
             made_by="remove",
             settings={"purge": purge},
             added=added,
             going=going,
-            removed=matches.hashes,
+            removed=recorded,
             removed_documents=matches.documents,
             purged=holding if purge else None,
         ),
     )
     lost = [each.generation for each in state.generations if (holding & state.shards.is_at(each.generation)).any()]
-    return RemoveReport(made.generation, tuple(lost) if purge else (), int(holding.sum()) if purge else 0)
+    files = int(holding.sum()) if purge else 0
+    return RemoveReport(made.generation, tuple(lost) if purge else (), files, len(recorded))

@@ -70,6 +70,22 @@ def test_a_task_that_is_not_a_share_is_one_line(raw, tmp_path, capsys, task):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("raw")  # which makes the tokenizer
+def test_paragraphs_are_removed_as_they_were_prepared(tmp_path, capsys):
+    words = [f"{number} of a few words" for number in range(40)]
+    plain, gone, out = tmp_path / "plain.txt", tmp_path / "gone.txt", tmp_path / "out"
+    plain.write_text("\n\n".join(words))
+    gone.write_text("\n\n".join([words[3], "not there", words[9]]))
+    common = ["prepare", str(plain), "--text", "paragraphs", "--tokenizer", str(tmp_path / "small.model")]
+    assert command_line(capsys, *common, "--out", str(out), "--validation", "0")[0] == 0
+    common = ["data", "remove", str(out), "--documents", str(gone), "--text", "paragraphs"]
+    status, said, _ = command_line(capsys, *common)
+    assert (status, "out: 2 documents of generation 1" in said, ", and 1 that are in none" in said) == (0, True, True)
+    assert said.splitlines()[-1] == "generation 2 is without them; 3 hashes more that never come in again"
+    assert documents_of(out)["train"] == [*words[:3], *words[4:9], *words[10:]]
+    assert command_line(capsys, *common)[1].splitlines()[-1] == "nothing was changed"
+
+
 def test_documents_are_removed_by_pattern_and_by_text(raw, tmp_path, capsys):
     out = tmp_path / "out"
     common = ["prepare", str(raw / "0.jsonl"), "--tokenizer", str(tmp_path / "small.model"), "--out", str(out)]

@@ -13,9 +13,10 @@ import pytest
 from folders import contents, documents_of, small_tokenizer, write_lines
 
 from megacl.data import generations
+from megacl.data.dedup import dedup_documents
 from megacl.data.generations import changing
 from megacl.data.manifest import read_manifest
-from megacl.data.prepare import prepare
+from megacl.data.prepare import merge, prepare
 from megacl.data.remove import (
     Matches,
     RemoveReport,
@@ -152,11 +153,44 @@ def test_documents_are_named_by_their_texts_or_a_file_of_hashes(folder, texts, t
         read_hashes(tmp_path / "absent")
 
 
-def test_where_nothing_is_found_nothing_changes(folder):
+def test_where_nothing_is_found_or_asked_for_anew_nothing_changes(folder):
+    before = contents(folder)
+    matches, report = remove(folder, Wanted(pattern="not there"), purge=True)
+    assert (matches.documents, report.generation) == (0, None)
+    assert contents(folder) == before
+    assert remove(folder, Wanted(hashes(["not there"])))[1].generation == 3
     before = contents(folder)
     matches, report = remove(folder, Wanted(hashes(["not there"])), purge=True)
     assert (matches.documents, report.generation) == (0, None)
     assert contents(folder) == before
+
+
+def test_a_document_that_is_not_there_when_its_removal_is_asked_for_does_not_come_in_later(folder, texts, tokenizer):
+    more = write_lines(folder.parent / "more.jsonl", ["wanted", "not wanted"])
+    prepare([str(more)], **common(tokenizer), out=folder, task=(1, 1))
+    matches, report = remove(folder, Wanted(hashes(["not wanted", "never wanted"])))
+    assert (matches.documents, len(matches.absent), report.generation, report.recorded) == (0, 2, 3, 2)
+    assert documents_of(folder) == documents_of(folder, 2)
+    assert verify_source(folder) == []
+    assert merge(folder).removed_documents == 1
+    again = write_lines(folder.parent / "again.jsonl", ["never wanted", "wanted too"])
+    prepare([str(again)], **common(tokenizer), out=folder)
+    held = [text for split in documents_of(folder).values() for text in split]
+    assert sorted(held) == sorted([*texts, "wanted", "wanted too"])
+
+
+def test_a_document_that_dedup_took_out_does_not_come_back_once_its_removal_was_asked_for(folder, texts, tokenizer):
+    copy = next(f"{text} as it was" for text in texts if hash_of(f"{text} as it was") / 2**64 >= 0.3)
+    other = write_lines(folder.parent / "other" / "other.jsonl", [copy, *texts[:60]])
+    prepare([str(other)], **common(tokenizer) | {"validation": 0.999}, out=folder.parent / "held")
+    prepare([str(write_lines(folder.parent / "copy.jsonl", [copy]))], **common(tokenizer), out=folder)
+    with changing(folder) as state:
+        assert dedup_documents(state, exact=True, against=[folder.parent / "held"]).train > 0
+    assert copy not in documents_of(folder)["train"]
+    matches, report = remove(folder, Wanted(hashes([copy])))
+    assert (matches.documents, matches.absent.tolist(), report.recorded) == (0, [], 1)
+    prepare([str(write_lines(folder.parent / "back.jsonl", [copy, "new"]))], **common(tokenizer), out=folder)
+    assert copy not in documents_of(folder)["train"]
 
 
 def test_a_purge_leaves_no_byte_of_the_documents_and_says_why_a_generation_is_gone(folder, texts):
