@@ -20,7 +20,7 @@ from megacl.configfile import to_tree
 from megacl.data.mixture import integer_weights
 from megacl.data.planning import asked_weights, plan_phase
 from megacl.data.provide import missing_sources
-from megacl.data.replay import draws_in_a_round
+from megacl.data.replay import times_replayed
 from megacl.data.source import Source
 from megacl.data.store import RemoteFolder
 from megacl.data.stream import PhaseStream, open_recorded
@@ -270,7 +270,7 @@ class Reading:
     share: float
     """Part of the phase's samples, replayed ones included."""
     epochs: float
-    """How often it will have been read by then, over all phases; for a phase, how often replayed."""
+    """How often it will have been read by then, over all phases; for a phase, how often its own tokens replayed."""
     runs_out: int | None
     """The phase's step in which it runs out, if it is not to be read again."""
 
@@ -288,11 +288,9 @@ def readings(lineage: Lineage) -> list[Reading]:
     found = [of_source(source, "source") for source in record.sources]
     if replay is None:
         return found
-    earlier = {phase.name: phase for phase in lineage.phases}
     for entry in replay.from_:
-        rounds = (entry.first + entry.samples) / draws_in_a_round(earlier[entry.phase], record.seq_length)
-        share = entry.samples / record.samples
-        found.append(Reading("replayed phase", entry.phase, entry.samples, entry.tokens, share, rounds, None))
+        share, times = entry.samples / record.samples, times_replayed(lineage, entry.phase)
+        found.append(Reading("replayed phase", entry.phase, entry.samples, entry.tokens, share, times, None))
     return [*found, *(of_source(source, "replayed source") for source in replay.from_sources)]
 
 

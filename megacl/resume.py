@@ -242,7 +242,7 @@ def _check_same_data(config: RunConfig, inputs: Inputs, lineage: Lineage) -> Non
     for phase in lineage.phases:
         if phase.name not in names:
             continue  # a phase of an earlier run: its sources are opened by their record where they are replayed
-        for record in phase.sources:
+        for record in phase.sources_read:
             source = inputs.sources.get(record.name)
             if source is not None and source.fingerprint != record.fingerprint:
                 raise DataError(

@@ -550,6 +550,30 @@ def test_data_that_is_another_under_the_same_name_stops_a_run_that_has_begun(
     assert "sources.english.window is 3, and phase 'english' has begun with None; put that back" in message
 
 
+def test_data_that_a_begun_phase_replays_by_name_stops_the_run_where_it_is_another(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    def replay(tree: dict[str, Any]) -> None:
+        tree["phases"] = [{**tree["phases"][1], "steps": 3, "replay": {"share": 0.25, "from_sources": {"english": 1}}}]
+
+    def replay_other_data(tree: dict[str, Any]) -> None:
+        replay(tree)
+        tree["sources"]["english"]["path"] = str(prepared.sources["german"])
+
+    def replay_in_windows(tree: dict[str, Any]) -> None:
+        replay(tree)
+        tree["sources"]["english"]["window"] = 3
+
+    tree = prepared.tree(tmp_path / "run")
+    replay(tree)
+    assert train(from_tree(tree)) == "done"
+    message = refusal(prepared, tmp_path / "run", replay_other_data)
+    assert "source 'english'" in message
+    assert "phase 'german' has begun with" in message
+    message = refusal(prepared, tmp_path / "run", replay_in_windows)
+    assert "sources.english.window is 3, and phase 'german' has begun with None; put that back" in message
+
+
 def test_a_model_of_another_shape_cannot_go_on(prepared: Prepared, whole: Path, tmp_path: Path) -> None:
     def change(tree: dict[str, Any]) -> None:
         tree.update(start_from=f"{whole}@english", phases=tree["phases"][1:])

@@ -83,6 +83,14 @@ def draws_in_a_round(phase: PhaseRecord, seq_length: int) -> int:
     return phase.own_samples * phase.seq_length // seq_length
 
 
+def times_replayed(lineage: Lineage, name: str) -> float:
+    """How often the phases of a lineage have replayed phase `name`: tokens replayed, as a part of its own."""
+    earlier = next(phase for phase in lineage.phases if phase.name == name)
+    replays = [entry for phase in lineage.phases if phase.replay for entry in phase.replay.from_]
+    replayed = sum(entry.tokens for entry in replays if entry.phase == name)
+    return replayed / (earlier.own_samples * earlier.seq_length)
+
+
 def next_draw(lineage: Lineage, name: str, *, permuted: bool, seq_length: int) -> int:
     """The draw from phase `name` with which a replay that begins after `lineage` goes on, counted over all rounds.
 

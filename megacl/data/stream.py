@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megacl.data.mixture import Mixture
 from megacl.data.order import Int64, permuted
 from megacl.data.packing import PackedSequences
-from megacl.data.replay import Recut, is_replayed, replay_key, replayed_before
+from megacl.data.replay import Recut, is_replayed, replay_key, replayed_before, times_replayed
 from megacl.data.sequences import AnySequences, build_sequences
 from megacl.data.source import Source, open_source
 from megacl.data.store import ShardCache
@@ -122,6 +122,7 @@ class PhaseStream:
 
     def __init__(self, lineage: Lineage, open_source: OpenSource) -> None:
         """open_source: gives the opened source of a record; `open_recorded` is the usual one."""
+        self._lineage = lineage
         self.record = lineage.phases[-1]
         self._index = len(lineage.phases) - 1
         self.sources: list[Source] = []
@@ -275,7 +276,6 @@ class PhaseStream:
     def repeats(self) -> list[str]:
         """What will have been read twice by the phase's end, a line each: sources, and phases that are replayed."""
         whole = self.seen(self.record.budget_samples, self.record.last_lr)
-        replay = whole.replay
         lines = [
             f"phase {whole.name!r}: by its end the model has read source {source.name!r} {source.epochs:.2f} times over"
             for source in whole.sources_read
@@ -287,9 +287,11 @@ class PhaseStream:
             for source in whole.sources_read
             if source.tokens_before and not source.first and source.epochs <= 1
         ]
-        if replay:
-            for entry, replayed_phase in zip(replay.from_, self._replayed_phases, strict=True):
-                rounds = (replayed_phase.first + entry.samples) / replayed_phase.recut.n
-                if rounds > 1:
-                    lines.append(f"phase {whole.name!r} replays phase {entry.phase!r} {rounds:.2f} times over")
+        after = self._lineage.with_phase(whole)
+        for entry in whole.replay.from_ if whole.replay else ():
+            times = times_replayed(after, entry.phase)
+            if entry.samples and times > 1:
+                lines.append(
+                    f"phase {whole.name!r}: by its end phase {entry.phase!r} is replayed {times:.2f} times over"
+                )
         return lines

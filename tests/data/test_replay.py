@@ -12,7 +12,7 @@ from streams import begin, counting_source, finish, phase_config
 
 from megacl.data.mixture import Pattern, integer_weights
 from megacl.data.order import permuted
-from megacl.data.replay import replay_key
+from megacl.data.replay import replay_key, times_replayed
 from megacl.data.stream import PhaseStream
 from megacl.errors import ConfigError, DataError
 from megacl.lineage import Lineage
@@ -230,6 +230,28 @@ def test_no_token_is_replayed_more_often_than_the_cap_through_all_policies_and_l
                 times[token] = times.get(token, 0) + 1
         lineage = finish(lineage, stream)
     assert max(times.values(), default=0) <= max_times
+
+
+def test_how_often_a_phase_was_replayed_is_counted_through_changes_of_policy() -> None:
+    lineage, sources, own = history(8)
+    replayed = 0
+    for batch, policy in ((80, "original"), (2, "uniform"), (20, "original")):
+        stream = replays((lineage, sources, own), 1, batch=batch, policy=policy)
+        replayed += sum(row in own["p0"] for row in rows_of(stream)[1])
+        lineage = finish(lineage, stream)
+        assert times_replayed(lineage, "p0") == replayed / 40
+        line = f"phase {stream.record.name!r}: by its end phase 'p0' is replayed {replayed / 40:.2f} times over"
+        assert stream.repeats() == ([line] if replayed > 40 else [])
+    assert 40 < replayed < 51
+
+
+def test_a_phase_that_is_not_replayed_here_is_not_said_to_be() -> None:
+    past = history(2, 30)
+    worn_out = replays(past, 8, policy="power_law")
+    assert "phase 'p2': by its end phase 'p0' is replayed 3.60 times over" in worn_out.repeats()
+    stream = replays((finish(past[0], worn_out), *past[1:]), 1, batch=2, policy="power_law")
+    assert not any(row in past[2]["p0"] for row in rows_of(stream)[1])
+    assert stream.repeats() == []
 
 
 def test_where_one_phase_has_reached_the_cap_the_others_take_its_places() -> None:
