@@ -2,7 +2,7 @@
 
     tokenizer = load_tokenizer("tokenizer.model")       # or a tokenizer.json, or a folder that holds one of the two
     tokenizer.encode(["some text"])                     # [uint32 array]; no BOS, no EOS
-    tokenizer.fingerprint                               # SHA-256 of the file: shards record which tokenizer made them
+    tokenizer.fingerprint                               # SHA-256 of what save writes: shards record who made them
 
 Text is data: what looks like a control token inside a document ("<s>", "<|im_start|>") comes out as ordinary pieces,
 unless encode is asked to look for them; EOS always does, so that a document can never end another one. The one
@@ -13,14 +13,19 @@ once (data/units.py): the same ids, several times as fast. This is so for Senten
 nothing, and for Hugging Face files that split text as GPT-2, Llama 3, Qwen 2, o200k or Tekken do. All others are given
 whole texts. Texts of more than 2^20 characters go through either in parts.
 
+EOS is the one that a SentencePiece model declares. A Hugging Face tokenizer.json does not: it is the eos_token of the
+tokenizer_config.json beside it, else the only one of its added tokens that is known to end documents. Where the file
+alone would not tell, a copy of it marks that token with a key "eos", so the fingerprint depends on which it is.
+
 A tokenizer may extend another one: more pieces behind it, every earlier id unchanged. Then data that the smaller one
 prepared stays valid. `record_extension` checks this and writes it down beside the file, FILE.extends.json.
 """
 
+import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,7 @@ from megacl.publish import publish_bytes, publish_text, sha256_of
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
 
 _SPACE = "\u2581"
 """How a SentencePiece model writes a space."""
@@ -62,9 +68,15 @@ class Tokenizer(ABC):
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.fingerprint = sha256_of(file)
+        self._content = file.read_bytes()
+        """What a copy of the file holds."""
         self.extends = _read_extends(file)
         """Fingerprints of the tokenizers that this one extends."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of a copy of the file, as save makes it."""
+        return hashlib.sha256(self._content).hexdigest()
 
     def encode(self, texts: Iterable[str], *, control: bool = False) -> list[npt.NDArray[np.uint32]]:
         """The ids of each text, uint32 [length]: no BOS, no EOS, and nothing in a text is read as a control token.
@@ -117,7 +129,7 @@ class Tokenizer(ABC):
     def save(self, folder: Path) -> Path:
         """Publishes a copy of the tokenizer's file, and of what it extends, in a folder; returns the copy's path."""
         copy = folder / self.file_name
-        publish_bytes(copy, self.file.read_bytes(), "the tokenizer")
+        publish_bytes(copy, self._content, "the tokenizer")
         if self.extends:
             _write_extends(copy, self.extends)
         return copy
@@ -137,7 +149,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, file: Path) -> None:
         super().__init__(file)
-        self._content = file.read_bytes()
         try:
             self._model = _load_sentencepiece(self._content)
         except RuntimeError:
@@ -185,21 +196,25 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, file: Path) -> None:
         super().__init__(file)
         try:
-            tree = json.loads(file.read_text(encoding="utf-8"))
+            tree = json.loads(self._content)
             added = {entry["content"]: entry for entry in tree.get("added_tokens") or []}
-            eos = next((name for name in _EOS_NAMES if name in added), None)
-            if eos is not None:
-                # Some files list EOS as an ordinary added token, which would be found inside of texts.
-                added[eos]["special"] = True
+            if "model" not in tree:
+                raise ValueError("it has no model")
+            marked = next((name for name, entry in added.items() if entry.get("eos")), None)
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise DataError(f"{file}: not a tokenizer.json, or damaged ({error}). Copy it again.") from None
+        known = [name for name in _EOS_NAMES if name in added]
+        eos = marked or _configured_eos(file, added) or _only_eos(file, known)
+        if not marked and known != [eos]:
+            added[eos]["eos"] = True  # added tokens may have keys that `tokenizers` does not know, the file may not
+            self._content = json.dumps(tree, ensure_ascii=False).encode()
+        try:
+            # Some files list EOS as an ordinary added token, which would be found inside of texts.
+            added[eos]["special"] = True
             self._model = _load_hugging_face(tree)
-            self._tree = tree
         except Exception as error:  # `tokenizers` raises the base class itself
             raise DataError(f"{file}: not a tokenizer.json, or damaged ({error}). Copy it again.") from None
-        if eos is None:
-            raise DataError(
-                f"{file}: no end-of-text token among its added tokens, which must end every document; known names are "
-                f"{', '.join(_EOS_NAMES)}. Add one of them to the file."
-            )
+        self._tree = tree
         self.eos_id = int(added[eos]["id"])
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -220,6 +235,42 @@ class HuggingFaceTokenizer(Tokenizer):
         special = {index for index, token in self._model.get_added_tokens_decoder().items() if token.special}
         names = {index: name for name, index in self._model.get_vocab(with_added_tokens=True).items()}
         return [(names.get(index, ""), "control" if index in special else "text") for index in range(self.vocab_size)]
+
+
+def _configured_eos(file: Path, added: Container[str]) -> str | None:
+    """The eos_token of the tokenizer_config.json beside a tokenizer.json, one of its added tokens; None if it has none.
+
+    It is a string, or an object with the string as its content.
+    """
+    config = file.with_name(CONFIG_FILE)
+    try:
+        eos = json.loads(config.read_bytes()).get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError, KeyError):
+        raise DataError(f"{config}: not a {CONFIG_FILE}, or damaged. Copy it again, or take it away.") from None
+    if eos is not None and (not isinstance(eos, str) or eos not in added):
+        raise DataError(
+            f"{config}: its eos_token {eos!r} is not among the added tokens of {file.name}. Copy both files from one "
+            "place."
+        )
+    return eos
+
+
+def _only_eos(file: Path, known: Sequence[str]) -> str:
+    """The one of a file's added tokens that is known to end documents; DataError if there is none, or several."""
+    if not known:
+        raise DataError(
+            f"{file}: no end-of-text token among its added tokens, which must end every document; known names are "
+            f"{', '.join(_EOS_NAMES)}. Put a {CONFIG_FILE} with its eos_token beside it."
+        )
+    if len(known) > 1:
+        raise DataError(
+            f"{file}: {' and '.join(known)} may each be the token that ends documents. Put the model's {CONFIG_FILE}, "
+            'or one with {"eos_token": "..."}, beside it.'
+        )
+    return known[0]
 
 
 def _load_sentencepiece(content: bytes) -> Any:

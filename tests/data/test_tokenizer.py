@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -258,6 +259,59 @@ def test_eos_that_is_listed_as_an_ordinary_token_is_still_not_found_in_text(tmp_
     (ids,) = loaded.encode(["a<|endoftext|>b"])
     assert loaded.eos_id not in ids
     assert loaded.decode(ids) == "a<|endoftext|>b"
+
+
+@pytest.mark.parametrize("eos_token", ["<|endoftext|>", {"content": "<|endoftext|>", "special": True}])
+def test_eos_is_the_one_of_the_configuration_beside_the_file_and_copies_keep_it(tmp_path, eos_token):
+    made = make_hugging_face(["some text"])
+    made.add_special_tokens(["</s>", "<|im_end|>"])
+    file, config = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    made.save(str(file))
+    with pytest.raises(
+        DataError, match=r"</s> and <\|endoftext\|> may each be .* Put the model's tokenizer_config\.json"
+    ):
+        load_tokenizer(file)
+    fingerprints = set()
+    for name in (eos_token, "</s>", "<|im_end|>"):
+        config.write_text(json.dumps({"bos_token": None, "eos_token": name}))
+        loaded = load_tokenizer(file)
+        fingerprints.add(loaded.fingerprint)
+        content = name["content"] if isinstance(name, dict) else name
+        assert loaded.eos_id == made.token_to_id(content)
+        (folder := tmp_path / str(len(fingerprints))).mkdir()
+        copy = loaded.save(folder)
+        assert load_tokenizer(copy).eos_id == loaded.eos_id
+        assert load_tokenizer(copy).fingerprint == loaded.fingerprint == hashlib.sha256(copy.read_bytes()).hexdigest()
+        theirs = tokenizers.Tokenizer.from_file(str(copy))  # the copy is still a tokenizer.json
+        assert theirs.get_vocab() == made.get_vocab()
+        assert load_tokenizer(copy).encode(["some text"])[0].tolist() == loaded.encode(["some text"])[0].tolist()
+    assert len(fingerprints) == 3
+
+
+def test_a_configuration_that_says_what_the_file_says_already_changes_nothing(tmp_path):
+    make_hugging_face(["some text"]).save(str(tmp_path / "tokenizer.json"))
+    alone = load_tokenizer(tmp_path)
+    for content in ('{"eos_token": "<|endoftext|>"}', '{"eos_token": null}', "{}"):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        assert load_tokenizer(tmp_path).fingerprint == alone.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"eos_token": "<|strange|>"}', "its eos_token '<|strange|>' is not among the added tokens of tokenizer.json"),
+        ('{"eos_token": ["</s>"]}', "is not among the added tokens"),
+        ('{"eos_token": {}}', "not a tokenizer_config.json, or damaged"),
+        ("[]", "not a tokenizer_config.json, or damaged"),
+        ("{", "not a tokenizer_config.json, or damaged"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_tokenizer_is_named(tmp_path, content, message):
+    make_hugging_face(["some text"]).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / "tokenizer_config.json"))
 
 
 # ---------------------------------------------------------------------------------------------- extension
