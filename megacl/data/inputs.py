@@ -3,17 +3,20 @@
 A folder is searched for files of every form, links followed, in the order of their names; what is of another kind is
 passed over and reported. So is, in a folder that datasets.save_to_disk wrote, all but the data files that its
 state.json lists, and one of Megatron's two files without the other. A pattern is taken as a folder is: what it
-matches is sorted, folders are searched, other kinds are passed over.
+matches is sorted, folders are searched, other kinds are passed over. What is hidden in a folder, its name beginning
+with a dot, is not looked at, nor is what megacl wrote into a data folder, so that OUT may lie below an input.
 
 A file is known by the SHA-256 of its whole content, taken before it is cut (of a Megatron dataset: of .bin and .idx,
 behind one another). One that changes between that and the end of its reading, by its size or its time of change, is
 refused, so that no hash stands for other documents than it saw.
 """
 
+import functools
 import glob
 import hashlib
 import json
 import os
+import re
 import stat
 import sys
 import threading
@@ -24,7 +27,7 @@ from pathlib import Path
 
 from megacl.data.forms import FORMS_TEXT, RawFile, check_unchanged, disk_named, form_of, measure
 from megacl.data.forms.reading import Reading
-from megacl.data.manifest import InputFile
+from megacl.data.manifest import SHARDS, InputFile
 from megacl.errors import DataError
 from megacl.publish import disk_errors
 
@@ -33,6 +36,10 @@ STANDARD_INPUT = "-"
 _READ_BYTES = 2**20
 # What datasets writes beside its data.
 _NO_DOCUMENTS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+# What megacl writes into a data folder, see docs/data.md.
+_IN_DATA_FOLDERS = re.compile(
+    r"manifest\.json|(shards|inputs|removed|(train|validation)-\d+)\.arrow|tokenizer\.(json|model)(\.extends\.json)?"
+)
 
 
 @dataclass(frozen=True)
@@ -94,12 +101,20 @@ def _search(places: Iterable[str]) -> tuple[list[str], list[str]]:
 
     found: dict[str, str] = {}
     others: dict[str, str] = {}
+
+    @functools.cache
+    def is_data_folder(folder: str) -> bool:
+        return any(os.path.exists(os.path.join(folder, name)) for name in (SHARDS, ".prepare"))
+
     visited: set[tuple[int, int]] = set()
 
     def sort_out(names: Iterable[str]) -> None:
         listed: dict[str, set[str] | None] = {}
         for name in names:
             _stat(name)
+            folder, base = os.path.split(name)
+            if _IN_DATA_FOLDERS.fullmatch(base) and is_data_folder(folder):
+                continue
             if name.endswith(".idx") and os.path.isfile(f"{name.removesuffix('.idx')}.bin"):
                 continue  # part of what its .bin file names
             (found if _holds_documents(name, listed) else others).setdefault(os.path.normpath(name), name)
@@ -115,8 +130,8 @@ def _search(places: Iterable[str]) -> tuple[list[str], list[str]]:
                 folders.clear()
                 continue
             visited.add((facts.st_dev, facts.st_ino))
-            folders.sort()
-            sort_out(os.path.join(folder, each) for each in names)
+            folders[:] = sorted(each for each in folders if not each.startswith("."))
+            sort_out(os.path.join(folder, each) for each in names if not each.startswith("."))
     sort_out(alone)
     return sorted(found.values()), sorted(others.values())
 

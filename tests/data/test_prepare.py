@@ -165,6 +165,39 @@ def test_a_folder_is_searched_behind_links_and_every_folder_once(tmp_path):
     assert found.passed_over == (str(raw / "UP.JSONL"), str(raw / "c/notes.md"))
 
 
+def test_what_is_hidden_in_a_folder_is_not_looked_at_unless_it_is_named(tmp_path):
+    (tmp_path / "raw" / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("a.jsonl", ".b.jsonl", ".ipynb_checkpoints/a.jsonl", ".notes"):
+        write_lines(tmp_path / "raw" / name, [name])
+    found = find_inputs([str(tmp_path / "raw")], Reading())
+    assert ([file.name for file in found.files], found.passed_over) == ([str(tmp_path / "raw/a.jsonl")], ())
+    for name in (".ipynb_checkpoints", ".b.jsonl"):
+        assert len(find_inputs([str(tmp_path / "raw" / name)], Reading()).files) == 1
+
+
+@pytest.mark.parametrize("inputs", ["", "*", "**/*"])
+def test_out_may_lie_in_an_input_folder(tmp_path, large, texts, tokenizer, inputs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    write_lines(tmp_path / "deep" / "a.jsonl", texts)
+    (tmp_path / "b.jsonl").symlink_to(large)
+    for out in ("data", "."):
+        given = {"inputs": [inputs or "."], "tokenizer": tokenizer, "out": out, "validation": 0.3, "block_bytes": BLOCK}
+
+        class Killed(BaseException):
+            pass
+
+        def stop(done: int, total: int) -> None:
+            if done > total / 4:
+                raise Killed
+
+        with pytest.raises(Killed):
+            prepare(**given, workers=1, progress=stop)
+        prepare(**given, workers=1)
+        assert prepare(**given, workers=1).generation == 1
+        assert len(read_inputs(Path(out), 1)) == 2
+
+
 def test_a_folder_with_something_that_cannot_be_read_in_it_is_refused(tmp_path):
     write_lines(tmp_path / "a.jsonl", ["a"])
     link = tmp_path / "b"
