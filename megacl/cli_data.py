@@ -20,11 +20,14 @@ data_app = typer.Typer(help="Look after prepared data.", no_args_is_help=True)
 
 
 @data_app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A data folder.")]) -> None:
-    """Compare every shard with its hash."""
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A data folder.")],
+    generation: Annotated[int | None, typer.Option(help="Only the shards of this one; by default of all.")] = None,
+) -> None:
+    """Compare every shard with its hash, those of earlier generations too."""
     from megacl.data.verify import verify_source
 
-    problems = verify_source(folder)
+    problems = verify_source(folder, generation)
     for problem in problems:
         print(problem)
     if problems:

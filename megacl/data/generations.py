@@ -171,7 +171,7 @@ def publish_generation(state: FolderState, work: Path, change: Change) -> Genera
     lost = {each.generation for each in state.generations if (purged & state.shards.is_at(each.generation)).any()}
     earlier = (replace(each, purged_by=number) if each.generation in lost else each for each in state.generations)
     inputs = read_inputs(state.folder, state.number) if state.number else ()
-    removed = read_removed(state.folder, state.number).and_also(change.removed, number)
+    removed = read_removed(state.folder, state.generations).and_also(change.removed, number)
     with publish_folder(work / _NEXT, "the next generation") as planned:
         new_inputs = (replace(each, generation=number) for each in change.inputs)
         publish_manifest(planned, state.manifest(*earlier, generation), shards, [*inputs, *new_inputs], removed)

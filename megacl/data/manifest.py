@@ -370,13 +370,16 @@ class Removed:
         return Removed(np.concatenate([self.hashes, hashes]), np.concatenate([self.generations, numbers]))
 
 
-def read_removed(folder: Path, generation: int) -> Removed:
-    """The documents that were removed on request up to a generation. DataError if removed.arrow is damaged."""
-    if not (folder / REMOVED).exists():
+def read_removed(folder: Path, generations: Sequence[Generation]) -> Removed:
+    """The documents that were removed on request up to the last of a folder's generations, which begin with the first.
+
+    DataError if removed.arrow is damaged, or missing though one of them removed documents.
+    """
+    if not (folder / REMOVED).exists() and all(each.made_by != "remove" for each in generations):
         return Removed()
     table = _parse(_content(folder / REMOVED), _REMOVED_SCHEMA, folder / REMOVED, "the list of removed documents")
     numbers = np.array(table.column("generation").to_pylist(), np.int32)
-    kept = numbers <= generation
+    kept = numbers <= len(generations)
     return Removed(np.array(table.column("hash").to_pylist(), np.uint64)[kept], numbers[kept])
 
 

@@ -348,7 +348,7 @@ def _kept(command: Command, state: FolderState, shards: ShardList, work: Path) -
 
     Also what the generation records of the folders that were compared.
     """
-    removed = read_removed(state.folder, state.number).hashes
+    removed = read_removed(state.folder, state.generations).hashes
     if not command.dedup and not len(removed):
         return np.ones(int(shards.numbers("documents").sum()), np.bool_), {}
     hashes = hashes_of(work, shards, state.dtype)

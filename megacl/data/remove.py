@@ -167,7 +167,7 @@ def remove_documents(state: FolderState, matches: Matches, *, purge: bool = Fals
         )
     holding = np.zeros(len(state.shards), np.bool_)
     holding[list(matches.places)] = True
-    known = read_removed(state.folder, state.number).hashes
+    known = read_removed(state.folder, state.generations).hashes
     recorded = np.setdiff1d(np.concatenate([matches.hashes, matches.absent]), known)
     if not (matches.documents or len(recorded) or (purge and holding.any())):
         return RemoveReport(None, (), 0, 0)

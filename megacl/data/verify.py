@@ -1,9 +1,11 @@
-"""Every byte of a data folder compared with what its manifest says: `megacl data verify DIR`."""
+"""A data folder compared with what its manifest says, every byte of every shard: `megacl data verify DIR`."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from megacl.data.manifest import Manifest, ShardRow, read_manifest, read_shards
+import numpy as np
+
+from megacl.data.manifest import Manifest, ShardList, ShardRow, read_inputs, read_manifest, read_removed, read_shards
 from megacl.data.shards import held_out_below, open_documents
 from megacl.errors import DataError
 from megacl.publish import sha256_of
@@ -12,28 +14,56 @@ from megacl.publish import sha256_of
 def verify_source(
     path: str | Path, generation: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> list[str]:
-    """Reads every byte of a generation and returns what is wrong with it, a line a problem; [] if nothing is.
+    """Reads every shard of a folder and returns what is wrong, a line a problem; [] if nothing is.
 
-    Checked: the counts and the fingerprint of the manifest, the tokenizer's file, and of every shard the size, the
-    header, the hash, that every token is below the vocabulary's size, that every document ends with EOS and that each
-    is in the split that its hash says. progress is called with the bytes done and the bytes in all. DataError if there
-    is nothing to verify: no manifest or no list of shards that can be read.
+    generation: look at the shards of this one alone; by default at those of all generations but purged ones. Checked:
+    the counts and the fingerprints of the manifest, the tokenizer's file, that the lists of inputs and of removed
+    documents can be read, and of every shard the size, the header, the hash, that every token is below the vocabulary's
+    size, that every document ends with EOS and that each is in the split that its hash says. progress is called with
+    the bytes done and the bytes in all. DataError if there is nothing to verify: no manifest or no list of shards that
+    can be read.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    state = manifest.at(generation, folder)
-    shards = read_shards(folder).at(state.generation)
+    every = read_shards(folder)
+    states = [each for each in manifest.generations if not each.purged_by]
+    if generation is not None:
+        states = [manifest.at(generation, folder)]
     tokenizer = manifest.tokenizer
     problems = []
-    if shards.fingerprint(tokenizer.fingerprint, manifest.dtype) != state.fingerprint:
-        problems.append(f"{folder}: the fingerprint of generation {state.generation} is not that of its shards")
-    if (shards.totals("train"), shards.totals("validation")) != (state.train, state.validation):
-        problems.append(f"{folder}: the counts of generation {state.generation} are not those of its shards")
+    chosen = np.zeros(len(every), np.bool_)
+    for state in states:
+        chosen |= every.is_at(state.generation)
+        rows = every.at(state.generation)
+        if rows.fingerprint(tokenizer.fingerprint, manifest.dtype) != state.fingerprint:
+            problems.append(f"{folder}: the fingerprint of generation {state.generation} is not that of its shards")
+        if (len(rows), rows.totals("train"), rows.totals("validation")) != (
+            state.shards,
+            state.train,
+            state.validation,
+        ):
+            problems.append(f"{folder}: the counts of generation {state.generation} are not those of its shards")
+    for read in (
+        lambda: read_inputs(folder, len(manifest.generations)),
+        lambda: read_removed(folder, manifest.generations),
+    ):
+        try:
+            read()
+        except DataError as error:
+            problems.append(str(error))
     tokenizer_file = folder / tokenizer.file
     if not tokenizer_file.is_file():
         problems.append(f"{tokenizer_file}: the tokenizer's file is missing")
     elif sha256_of(tokenizer_file) != tokenizer.fingerprint:
         problems.append(f"{tokenizer_file}: it is not the tokenizer that made the shards")
+    return problems + _damages(folder, every.where(chosen), manifest, progress)
+
+
+def _damages(
+    folder: Path, shards: ShardList, manifest: Manifest, progress: Callable[[int, int], None] | None
+) -> list[str]:
+    """What is wrong with some shards, a line a problem."""
+    problems = []
     done, total = 0, int(shards.numbers("size").sum())
     for row in shards:
         try:

@@ -193,6 +193,32 @@ def test_a_document_that_dedup_took_out_does_not_come_back_once_its_removal_was_
     assert copy not in documents_of(folder)["train"]
 
 
+def test_verify_looks_at_earlier_generations_and_at_the_lists_too(folder, texts):
+    pinned = {row.path for row in open_source(folder).train.shards}
+    remove(folder, Wanted(hashes(texts[:200])))
+    assert verify_source(folder) == []
+    damaged = folder / min(pinned - {row.path for row in open_source(folder).train.shards})
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    (folder / "inputs.arrow").unlink()
+    (folder / "removed.arrow").unlink()
+    assert [line.split(": ", 1)[0] for line in verify_source(folder)] == [
+        str(folder / name) for name in ("inputs.arrow", "removed.arrow", damaged.name)
+    ]
+    assert [line.split(": ", 1)[0] for line in verify_source(folder, 3)] == [
+        str(folder / name) for name in ("inputs.arrow", "removed.arrow")
+    ]
+
+
+def test_prepare_stops_where_the_list_of_removed_documents_is_lost(folder, texts, tokenizer):
+    remove(folder, Wanted(hashes(texts[10:20])))
+    (folder / "removed.arrow").unlink()
+    again = write_lines(folder.parent / "again.jsonl", texts[5:25])
+    with pytest.raises(DataError, match=r"removed\.arrow: the list of removed documents is missing\. Restore it"):
+        prepare([str(again)], **common(tokenizer), out=folder)
+
+
 def test_a_purge_leaves_no_byte_of_the_documents_and_says_why_a_generation_is_gone(folder, texts):
     gone = [texts[200], next(text for text in texts[160:] if text in by_split(texts)["validation"])]
     remove(folder, Wanted(hashes(gone)))
