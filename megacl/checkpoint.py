@@ -207,12 +207,6 @@ def _ends_phase(path: Path) -> bool | None:
         return None
 
 
-def sweep_unfinished(run_dir: Path) -> None:
-    """Deletes what saves that were killed have left beside the checkpoints. Only for who is alone in `run_dir`."""
-    for left in (run_dir / "checkpoints").glob(".step-*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 # ---------------------------------------------------------------------------------------------- finding
 
 

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ _DISK = {
     errno.EIO: "the disk reported an input/output error",
     errno.EFBIG: "the file would exceed the size limit",
 }
+_RANDOM_BYTES = 8
 
 
 @contextlib.contextmanager
@@ -43,9 +45,35 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def name_beside(path: Path) -> Path:
+    """A name in the folder of `path` to write under until it is whole, which no other call gives, on any machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(_RANDOM_BYTES)}.tmp")
+
+
+def sweep_unfinished(folder: Path) -> None:
+    """Deletes what publishers that were killed left in a folder, if it is there. Only for who is alone in it.
+
+    What cannot be deleted stays: nobody reads it.
+    """
+    for left in folder.glob(f".*.{'[0-9a-f]' * 2 * _RANDOM_BYTES}.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def delete_folder(folder: Path) -> None:
+    """Deletes a folder, if it is there; killed meanwhile, it leaves none of that name, and the rest to be swept."""
+    beside = name_beside(folder)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, beside)
+        shutil.rmtree(beside)
+
+
 def publish_bytes(path: Path, content: bytes, what: str) -> None:
     """Writes `content` to `path` so that `path` is at any moment absent, the old file, or the whole new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = name_beside(path)
     with disk_errors(path, what):
         try:
             with open(beside, "wb") as file:
@@ -66,11 +94,9 @@ def publish_text(path: Path, text: str, what: str) -> None:
 @contextlib.contextmanager
 def publish_folder(path: Path, what: str) -> Iterator[Path]:
     """Gives a folder to write into, and renames it to `path` at the end; nothing stays behind when that fails."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = name_beside(path)
     with disk_errors(path, what):
         try:
-            if beside.exists():  # of a process that was killed and had our number, as in a container
-                shutil.rmtree(beside)
             beside.mkdir(parents=True)
             yield beside
             for file in beside.rglob("*"):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megacl.checkpoint import RunState, newest_checkpoint, prune_checkpoints, save_checkpoint, sweep_unfinished
+from megacl.checkpoint import RunState, newest_checkpoint, prune_checkpoints, save_checkpoint
 from megacl.config import RunConfig
 from megacl.config_phase import PhaseConfig
 from megacl.configfile import dump
@@ -35,7 +35,7 @@ from megacl.log import RunLog
 from megacl.model.gpt import build_model, count_parameters, flops_per_token
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
 from megacl.plan import begin_phase, check_batches, check_phases, open_phase, schedule_of
-from megacl.publish import alone_in, publish_text
+from megacl.publish import alone_in, publish_text, sweep_unfinished
 from megacl.resume import Found, find_inputs, find_origin, open_sources
 
 Outcome = Literal["done", "stopped"]
@@ -85,7 +85,7 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
                         until_the_end.enter_context(alone_in(run_dir, "another run"))
                         if (run_dir / "config.yaml").exists():
                             raise DataError(f"{run_dir}: another run has begun there meanwhile; name another run_dir.")
-                    sweep_unfinished(run_dir)
+                    sweep_unfinished(run_dir / "checkpoints")
                     publish_text(run_dir / "config.yaml", dump(found.config), "the configuration")
             return _Run(found, run_dir, ranks, log, engine, stop, steps).train()
     except _ToldToStop:

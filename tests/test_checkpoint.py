@@ -79,7 +79,7 @@ def test_the_newest_good_checkpoint_is_found_whatever_lies_beside_it(run: Path, 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     good = list_checkpoints(copy)[-1]
-    (copy / "checkpoints" / ".step-00000099.1.tmp").mkdir()  # a save that was killed
+    (copy / "checkpoints" / ".step-00000099.0123456789abcdef.tmp").mkdir()  # a save that was killed
     shutil.copytree(good, copy / "checkpoints" / "step-00000099")
     (copy / "checkpoints" / "step-00000099" / "manifest.json").unlink()
     shutil.copytree(good, copy / "checkpoints" / "step-00000098")

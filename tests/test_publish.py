@@ -6,12 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from megacl.errors import DataError
-from megacl.publish import alone_in, disk_errors, publish_bytes, publish_folder, publish_text, sha256_of
+from megacl.publish import (
+    alone_in,
+    disk_errors,
+    name_beside,
+    publish_bytes,
+    publish_folder,
+    publish_text,
+    sha256_of,
+    sweep_unfinished,
+)
 
 
 def test_a_file_is_replaced_as_a_whole_and_nothing_stays_beside_it(tmp_path: Path) -> None:
@@ -87,13 +97,32 @@ def test_a_second_process_is_kept_out_of_a_folder_until_the_first_one_ends(tmp_p
         pass
 
 
-def test_what_a_killed_process_left_under_our_number_is_no_hindrance(tmp_path: Path) -> None:
-    left = tmp_path / f".good.{os.getpid()}.tmp"
-    left.mkdir()
-    (left / "half").touch()
-    with publish_folder(tmp_path / "good", "a folder") as folder:
-        (folder / "x").touch()
-    assert [file.name for file in (tmp_path / "good").iterdir()] == ["x"]
+def test_processes_of_one_number_on_several_machines_publish_a_file_at_once(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 7)  # as containers have it
+    path = tmp_path / "a.bin"
+    whole = [bytes([number]) * 200_000 for number in range(8)]
+
+    def publish_often(content: bytes) -> None:
+        for _ in range(20):
+            publish_bytes(path, content, "a file")
+            assert path.read_bytes() in whole
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(publish_often, whole))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_publishers_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".mine.tmp", ".mine.12.tmp", "mine.0123456789abcdef.tmp"):
+        (tmp_path / name).touch()
+    mine = set(tmp_path.iterdir())
+    name_beside(tmp_path / "a.arrow").touch()
+    folder = name_beside(tmp_path / "next")
+    folder.mkdir()
+    (folder / "half").touch()
+    sweep_unfinished(tmp_path)
+    assert set(tmp_path.iterdir()) == mine
+    sweep_unfinished(tmp_path / "nowhere")
 
 
 def test_a_full_device_is_named(tmp_path: Path) -> None:

@@ -360,7 +360,7 @@ def test_a_source_that_an_appended_phase_brings_is_evaluated_before_it(prepared:
 def test_what_killed_saves_left_is_swept_away(prepared: Prepared, whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
-    (run_dir / "checkpoints" / ".step-00000099.1.tmp").mkdir()
+    (run_dir / "checkpoints" / ".step-00000099.0123456789abcdef.tmp").mkdir()
     train(from_tree(prepared.tree(run_dir)))
     assert not list((run_dir / "checkpoints").glob(".*"))
 

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,7 +46,15 @@ from megacl.data.manifest import (
     read_shards,
 )
 from megacl.errors import DataError
-from megacl.publish import alone_in, disk_errors, flush_folder, publish_folder, publish_text
+from megacl.publish import (
+    alone_in,
+    delete_folder,
+    disk_errors,
+    flush_folder,
+    publish_folder,
+    publish_text,
+    sweep_unfinished,
+)
 
 PREPARE_WORK, CHANGE_WORK = ".prepare", ".change"
 """Work folders in a data folder: of prepare and its tasks, and of commands that change what is there."""
@@ -118,10 +125,8 @@ def changing(folder: Path) -> Iterator[FolderState]:
         state = open_state(folder)
         with disk_errors(folder / CHANGE_WORK, "the work folder"):
             (folder / CHANGE_WORK).mkdir(exist_ok=True)
-            for file in (folder / CHANGE_WORK).glob(".*.tmp"):
-                file.unlink()  # what a killed worker was writing
         yield state
-        clear_work(folder / CHANGE_WORK)
+        delete_folder(folder / CHANGE_WORK)
 
 
 @dataclass(frozen=True)
@@ -199,10 +204,15 @@ def is_interrupted(folder: Path) -> bool:
 
 
 def finish_interrupted(folder: Path) -> None:
-    """Publishes what a command that was killed had got as far as publishing; for who is alone in the folder."""
+    """Publishes what a command that was killed had got as far as publishing, and deletes what it was at.
+
+    For who is alone in the folder.
+    """
     for name in (PREPARE_WORK, CHANGE_WORK):
         if (folder / name / _NEXT).exists():
             _finish(folder, folder / name)
+    for each in (folder, folder / PREPARE_WORK, folder / CHANGE_WORK):
+        sweep_unfinished(each)
 
 
 def _finish(folder: Path, work: Path) -> None:
@@ -218,15 +228,12 @@ def _finish(folder: Path, work: Path) -> None:
         for name in _planned_moves(planned)["purged"]:
             (folder / name).unlink(missing_ok=True)
         flush_folder(folder)
-        shutil.rmtree(work)
+        delete_folder(work)
 
 
 def _planned_moves(planned: Path) -> dict[str, list[Any]]:
     """ "moves": [name in the work folder, name in the data folder] of each new shard; "purged": files to delete."""
-    try:
-        found: dict[str, list[Any]] = json.loads((planned / _MOVES).read_bytes())
-    except FileNotFoundError:  # killed while the work folder was being cleared: all is done
-        return {"moves": [], "purged": []}
+    found: dict[str, list[Any]] = json.loads((planned / _MOVES).read_bytes())
     return found
 
 
@@ -248,9 +255,3 @@ def _move_shards(folder: Path, work: Path) -> None:
         if SHARD_NAME.fullmatch(name) and name not in paths:
             os.unlink(folder / name)  # of a generation that was never published
     flush_folder(folder)
-
-
-def clear_work(work: Path) -> None:
-    """Deletes a work folder, if it is there."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(work)

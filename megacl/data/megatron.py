@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megacl.errors import DataError
-from megacl.publish import disk_errors, flush_folder
+from megacl.publish import disk_errors, flush_folder, name_beside
 
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -153,7 +153,7 @@ def write_megatron(prefix: str | Path, documents: Iterable[Ids], dtype: npt.DTyp
         raise ValueError(f"Megatron's datasets know no ids of type {kind}")
     binary, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     lengths = array("i")
-    beside = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (binary, index)]
+    beside = [name_beside(path) for path in (binary, index)]
     with disk_errors(binary, "a Megatron dataset"):
         try:
             with open(beside[0], "wb") as file:

@@ -39,7 +39,6 @@ from megacl.data.generations import (
     PREPARE_WORK,
     Change,
     FolderState,
-    clear_work,
     finish_interrupted,
     is_interrupted,
     open_state,
@@ -72,7 +71,7 @@ from megacl.data.tasks import (
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.data.workers import usable_cores
 from megacl.errors import ConfigError, DataError
-from megacl.publish import alone_in, among_others_in, disk_errors
+from megacl.publish import alone_in, among_others_in, delete_folder, disk_errors
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def prepare(
             return _report_of_task(*done, found.passed_over, time.monotonic() - begun)
         made = done if isinstance(done, Generation) else _publish(command, state, work, workers)
         if not task:
-            clear_work(work)
+            delete_folder(work)
     return _report_of_generation(made, state, found.passed_over, time.monotonic() - begun)
 
 
@@ -198,7 +197,7 @@ def merge(out: str | Path, *, workers: int | None = None) -> PrepareReport:
             tokenizer = load_tokenizer(work / COMMAND_FOLDER / command.tokenizer_file)
             state = open_folder(folder, tokenizer, command.source, command.validation)
             made = _publish(command, state, work, workers or usable_cores())
-            clear_work(work)
+            delete_folder(work)
     return _report_of_generation(made, state, command.passed_over if command else (), time.monotonic() - begun)
 
 
@@ -296,9 +295,6 @@ def _do_task(
         return made
     with disk_errors(work, "the work folder"):
         work.mkdir(exist_ok=True)
-        if command.tasks == 1:  # else other tasks may be writing there
-            for file in work.glob(".*.tmp"):
-                file.unlink()  # what a killed worker was writing
     begin_command(command, tokenizer, work)
     report = None if progress is None else lambda bytes_done: progress(bytes_done, total)
     with alone_in(folder_of_task(work, number, command.tasks), "the same task"):

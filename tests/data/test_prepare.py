@@ -552,7 +552,8 @@ def test_killed_at_any_moment_the_same_command_goes_on_to_the_same_bytes(
         process.wait()
         wait_until(lambda pids=workers_alive: not any(map(is_running, pids)), seconds=10)
         assert not (out / "manifest.json").exists()
-    (out / ".prepare" / ".half-train.arrow.1.tmp").write_bytes(b"half a shard")
+    (out / ".prepare" / ".half-train.arrow.0123456789abcdef.tmp").write_bytes(b"half a shard")
+    (out / ".prepare" / ".next.0123456789abcdef.tmp").mkdir()
     kept = {(out / ".prepare" / f"{key}-train.arrow").stat().st_ino for key in finished_blocks(out)}
     assert len(kept) >= 8
     prepare([str(large)], tokenizer=tokenizer, out=out, validation=0.3, workers=1, block_bytes=BLOCK)

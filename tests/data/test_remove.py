@@ -268,7 +268,7 @@ def test_a_removal_that_is_killed_anywhere_ends_with_the_same_bytes(folder, text
 
         monkeypatch.setattr(generations, "os", SimpleNamespace(**{**vars(os), "replace": count(os.replace)}))
         monkeypatch.setattr(Path, "unlink", count(Path.unlink))
-        monkeypatch.setattr(generations.shutil, "rmtree", count(shutil.rmtree))
+        monkeypatch.setattr(shutil, "rmtree", count(shutil.rmtree))
         try:
             remove(out, wanted, purge=True)
             killed = False
