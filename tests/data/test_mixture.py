@@ -46,6 +46,20 @@ def test_draws_count_up_one_by_one_and_agree_with_the_counts(weights: tuple[int,
     assert pattern.counts(start + 200).tolist() == expected
 
 
+@given(weights)
+def test_at_each_place_stands_the_waiting_source_with_the_nearest_deadline(weights: tuple[int, ...]) -> None:
+    period, taken, expected = sum(weights), [0] * len(weights), []
+    for place in range(period):
+        due = [
+            (Fraction((k + 1) * period, weight).__ceil__(), source)
+            for source, (weight, k) in enumerate(zip(weights, taken, strict=True))
+            if k < weight and k * period // weight <= place
+        ]
+        expected.append(min(due)[1])
+        taken[expected[-1]] += 1
+    assert Pattern(weights).locate(np.arange(period))[0].tolist() == expected
+
+
 def test_weights_that_are_decimals_count_as_the_fractions_they_spell() -> None:
     assert integer_weights({"a": 0.7, "b": 0.3}) == {"a": 7, "b": 3}
     assert integer_weights({"a": 2, "b": 2, "c": 4}) == {"a": 1, "b": 1, "c": 2}

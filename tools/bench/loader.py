@@ -8,6 +8,7 @@ processes of their own, on files that are in the page cache; imports are not cou
 
     first batch     open_source, plan_phase, PhaseStream and the Loader's first batch of 2 x 2,048 tokens: milliseconds,
                     and MB of memory above the imports. Shards have 1e8 tokens at most; more are links to the first two.
+                    The last row mixes 20 sources of 1e6 tokens by a temperature.
     random reads    sequences of 2,048 in random order, 16 at a time, as int64. `numpy, rows` copies each from one flat
                     memory map, `numpy, batches` 16 together: that is the limit. `megacl` reads at given places,
                     `megacl, samples` finds them by the order too, 128 at a time as the loader does, and `loader` is all
@@ -92,14 +93,20 @@ def export(source: Source, folder: Path) -> None:
             file.write(each.values)
 
 
-def open_phase(folder: Path, *, batch_size: int, steps: int, window: int | None = None) -> PhaseStream:
-    """What a run does before its first step, without the model."""
-    source = Source(**{**vars(open_source(folder)), "window": window})
+def open_phase(
+    folder: Path, *, batch_size: int, steps: int, window: int | None = None, sources: int = 1
+) -> PhaseStream:
+    """What a run does before its first step, without the model; sources: as so many the folder is opened and mixed."""
+    opened = {
+        f"random-{number}": Source(**{**vars(open_source(folder)), "window": window, "fingerprint": f"{number:064x}"})
+        for number in range(sources)
+    }
+    mixture = {name: float(number + 1) for number, name in enumerate(opened)}
     schedule = ConstantSchedule(kind="constant", max_lr=1e-3)
     record = plan_phase(
         Lineage(),
-        PhaseConfig(name="phase", mixture={"random": 1.0}, steps=steps, schedule=schedule),
-        {"random": source},
+        PhaseConfig(name="phase", mixture=mixture, temperature=3 if sources > 1 else 1, steps=steps, schedule=schedule),
+        opened,
         run="bench",
         seed=0,
         seq_length=T,
@@ -109,7 +116,7 @@ def open_phase(folder: Path, *, batch_size: int, steps: int, window: int | None 
         optimizer_state="new",
         start_lr=0.0,
     )
-    return PhaseStream(Lineage().with_phase(record), lambda _: source)
+    return PhaseStream(Lineage().with_phase(record), lambda wanted: opened[wanted.name])
 
 
 def open_loader(stream: PhaseStream, *, rank: int = 0, world_size: int = 1) -> Loader:
@@ -124,10 +131,10 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def first(folder: Path, rank: str, world_size: str) -> tuple[float, float]:
+def first(folder: Path, rank: str, world_size: str, sources: str = "1") -> tuple[float, float]:
     """Milliseconds to the first batch, and MB above the imports."""
     before, begun = resident(), time.perf_counter()
-    stream = open_phase(folder, batch_size=2 * int(world_size), steps=1)
+    stream = open_phase(folder, batch_size=2 * int(world_size), steps=1, sources=int(sources))
     next(iter(open_loader(stream, rank=int(rank), world_size=int(world_size))))
     return (time.perf_counter() - begun) * 1000, (resident() - before) / 1e6
 
@@ -231,6 +238,8 @@ def main() -> None:
             world_size = RANKS if rank else 1
             found = one(repeats, "first", work / "growing", rank, world_size)
             print(f"| {size:.0e} | {max(1, size // LARGEST):,} | {rank:,} of {world_size:,} | {spans(found)} |")
+    write_source(work / "growing", 10**6)
+    print(f"| 20 x 1e+06 | 20 | 0 of 1 | {spans(one(repeats, 'first', work / 'growing', 0, 1, 20))} |")
     shutil.rmtree(work / "growing", ignore_errors=True)
     folder = work / "reads"
     write_source(folder, int(arguments.tokens))
