@@ -9,9 +9,15 @@ signature is 128 numbers, and the part of them that two texts share estimates th
 error of 0.035 (Broder 1997, "On the resemblance and containment of documents"). Only texts that agree in all numbers of
 one of the signature's bands are compared; bands are as long as they can be while 99 in 100 pairs at the threshold share
 one. The signatures come from rensa, a MinHash in Rust.
+
+Where thousands of texts that are no duplicates have much in common, a page's menu, say, they agree in a band all the
+same, and comparing each with each would take time that grows with the square of their number. So a text is compared
+with the first 64 that agree with it in a band, of each band; duplicates that agree in some other band as well, in which
+fewer texts do, are found all the same.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +34,7 @@ PERMUTATIONS = 128
 SHINGLE_WORDS = 5
 _SEED = 1
 _RECALL = 0.99
+_COMPARED = 64
 
 # Thai to Khmer, kana, the Chinese characters, Hangul: scripts in which a space does not end a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -117,17 +124,17 @@ def _greedy(
 ) -> Mask:
     """Which documents, in order of precedence, are near to one that stayed and shares a band; [N], [N, bands]."""
     gone = np.zeros(len(signatures), np.bool_)
-    stayed: dict[tuple[int, int], list[int]] = {}
+    stayed: defaultdict[tuple[bool, int, int], list[int]] = defaultdict(list)  # whether of class 0, a band, its key
     for index, kind in enumerate(classes.tolist()):
         bands = np.flatnonzero(shared[index])
         own = list(zip(bands.tolist(), keys[index, bands].tolist(), strict=True))
-        if kind:
-            met = {other for key in own for other in stayed.get(key, ())}
-            others = np.array([other for other in met if kind > 1 or classes[other]], np.int64)
-            alike = (signatures[others] == signatures[index]).mean(axis=1)
-            if (alike >= threshold - 1e-9).any():
-                gone[index] = True
-                continue
+        rivals = [[], [False], [False, True]][kind]
+        met = {other for foreign in rivals for key in own for other in stayed.get((foreign, *key), ())}
+        alike = (signatures[list(met)] == signatures[index]).mean(axis=1) if met else np.empty(0)
+        if (alike >= threshold - 1e-9).any():
+            gone[index] = True
+            continue
         for key in own:
-            stayed.setdefault(key, []).append(index)
+            if len(bucket := stayed[kind == 0, *key]) < _COMPARED:
+                bucket.append(index)
     return gone

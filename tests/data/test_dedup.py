@@ -95,6 +95,36 @@ def test_bands_are_as_long_as_they_can_be_while_99_in_100_pairs_at_the_threshold
     assert rows == 32 or all(recall(more) < 0.99 for more in range(rows + 1, 33))
 
 
+@pytest.mark.parametrize(
+    ("crowd_of_a_band", "crowd_class", "found"), [(64, 2, False), (63, 2, True), (64, 0, True), (64, 1, False)]
+)
+def test_a_document_is_compared_with_64_of_a_band_and_64_of_other_folders(crowd_of_a_band, crowd_class, found):
+    draw, rows = np.random.default_rng(0), band_rows(0.9)
+    base = draw.integers(0, 2**32, PERMUTATIONS, np.uint32)
+    crowds = []
+    for first in range(0, PERMUTATIONS - rows + 1, rows):
+        count = crowd_of_a_band if first == 0 else 64
+        crowd = draw.integers(0, 2**32, (count, PERMUTATIONS), np.uint32)
+        crowd[:, first : first + rows] = base[first : first + rows]
+        crowds.append(crowd)
+    signatures = np.concatenate([*crowds, [base, base]])
+    classes = np.full(len(signatures), crowd_class, np.uint8)
+    classes[-2:] = 2
+    assert is_near(signatures, classes, 0.9).tolist() == [*[False] * (len(signatures) - 1), found]
+
+
+def test_near_duplicates_are_found_among_hundreds_of_documents_with_the_same_boilerplate():
+    draw = random.Random(0)
+    menu = [f"item {number}" for number in range(110)]
+    own = [[f"word{draw.randrange(10**9)}" for _ in range(50)] for _ in range(400)]
+    texts = [" ".join([*menu, *words]) for words in own]
+    copies = [" ".join([*menu, *words[:-5], "and", "another", "end"]) for words in own[::8]]
+    assert jaccard(texts[0], texts[1]) > 0.6
+    assert jaccard(texts[0], copies[0]) > 0.9
+    gone = is_near(sign([*texts, *copies]), np.full(450, 2, np.uint8), 0.85)
+    assert gone.tolist() == [False] * 400 + [True] * 50
+
+
 @given(data=st.data(), count=st.integers(0, 25))
 def test_nothing_that_stays_is_near_to_what_stays_before_it(data, count):
     # Signatures that differ from one of three in few places or in many, so that bands are shared and pairs are clear.
