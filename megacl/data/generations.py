@@ -51,6 +51,7 @@ from megacl.publish import (
     delete_folder,
     disk_errors,
     flush_folder,
+    publish_bytes,
     publish_folder,
     publish_text,
     sweep_unfinished,
@@ -136,7 +137,7 @@ class Change:
     made_by: MadeBy
     settings: Mapping[str, str | int | float | bool]
     added: ShardList
-    """Shards that come, in order, their paths relative to the work folder."""
+    """Shards that come, in order, their paths relative to the work folder; what came twice may lie there once."""
     going: npt.NDArray[np.bool_] | None = None
     """Which rows of the folder go: bool [rows of all generations]; None: none does."""
     inputs: Sequence[InputFile] = ()
@@ -155,6 +156,7 @@ def publish_generation(state: FolderState, work: Path, change: Change) -> Genera
     held = state.shards
     if change.going is not None:
         held = held.replaced(removed=np.where(change.going, number, held.numbers("removed")))
+    files = _each_its_own(work, change.added.paths())
     added = change.added.replaced(path=_new_names(held, change.added), added=number, removed=0)
     shards = ShardList.concat([held, added])
     rows = shards.at(number)
@@ -180,11 +182,26 @@ def publish_generation(state: FolderState, work: Path, change: Change) -> Genera
     with publish_folder(work / _NEXT, "the next generation") as planned:
         new_inputs = (replace(each, generation=number) for each in change.inputs)
         publish_manifest(planned, state.manifest(*earlier, generation), shards, [*inputs, *new_inputs], removed)
-        moves = list(zip(change.added.paths(), added.paths(), strict=True))
+        moves = list(zip(files, added.paths(), strict=True))
         tree = {"moves": moves, "purged": state.shards.where(purged).paths()}
         publish_text(planned / _MOVES, json.dumps(tree), "the list of moves")
     _finish(state.folder, work)
     return generation
+
+
+def _each_its_own(work: Path, paths: Sequence[str]) -> list[str]:
+    """The files in the work folder, each once: of one that is given several times there are copies in its places.
+
+    Files there are named by their content, so equal inputs share one.
+    """
+    given: set[str] = set()
+    files = []
+    for number, path in enumerate(paths):
+        files.append(f"{number}-{path}" if path in given else path)
+        if path in given:
+            publish_bytes(work / files[-1], (work / path).read_bytes(), "a shard")
+        given.add(path)
+    return files
 
 
 def _new_names(held: ShardList, added: ShardList) -> list[str]:

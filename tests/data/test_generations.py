@@ -5,11 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from folders import contents, environment, small_tokenizer, write_lines
+from folders import contents, documents_of, environment, small_tokenizer, write_lines
 
-from megacl.data.prepare import prepare
+from megacl.data.forms.reading import Reading
+from megacl.data.generations import changing
+from megacl.data.prepare import merge, prepare
+from megacl.data.remove import Wanted, find_documents, remove_documents
+from megacl.data.shards import hash_of
 from megacl.data.tokenizer import Tokenizer
+from megacl.data.verify import verify_source
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,6 +76,32 @@ def texts() -> list[str]:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory, texts) -> Tokenizer:
     return small_tokenizer(tmp_path_factory.mktemp("tokenizer"), texts)
+
+
+def all_documents(folder: Path) -> list[str]:
+    found = documents_of(folder)
+    return sorted(found["train"] + found["validation"])
+
+
+@pytest.mark.parametrize(("tasks", "workers"), [(1, 1), (1, 2), (2, 1)])
+def test_equal_text_files_each_have_their_documents_also_after_a_removal(tmp_path, texts, tokenizer, tasks, workers):
+    for name in ("a", "b", "c"):
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        (tmp_path / "raw" / f"{name}.txt").write_text("\n\n".join(texts))
+    out = tmp_path / "out"
+    arguments = {"tokenizer": tokenizer, "validation": 0.4, "workers": workers, "block_bytes": 8000}
+    for task in range(1, tasks + 1):
+        share = None if tasks == 1 else (task, tasks)
+        prepare([str(tmp_path / "raw")], out=out, reading=Reading(text="paragraphs"), task=share, **arguments)
+    if tasks > 1:
+        merge(out)
+    assert all_documents(out) == sorted(texts * 3)
+    assert verify_source(out) == []
+    gone = hash_of(texts[0].encode())
+    with changing(out) as state:
+        remove_documents(state, find_documents(state, Wanted(np.array([gone], np.uint64)), 1))
+    assert all_documents(out) == sorted(texts[1:] * 3)
+    assert verify_source(out) == []
 
 
 @pytest.mark.parametrize(("first", "then"), [("merge", "merge"), ("merge", "prepare"), ("prepare", "prepare")])
