@@ -78,6 +78,8 @@ class ReplayedPhase:
 
     phase: str
     first: int
+    runs_out: int | None = None
+    """The phase's sample that would be the first to replay it beyond max_times; null: none would."""
     samples: int = 0
     tokens: int = 0
 
@@ -248,6 +250,7 @@ def describe(lineage: Lineage) -> str:
                 lines.append(
                     f"    {replayed.samples:,} sequences ({replayed.tokens:,} tokens) of phase {replayed.phase}, "
                     f"draws {replayed.first:,} to {replayed.first + replayed.samples:,}"
+                    + ("" if replayed.runs_out is None else f"; up to step {phase.step_of(replayed.runs_out):,}")
                 )
             for source in phase.replay.from_sources:
                 lines.append("    " + _describe_source(source))

@@ -8,6 +8,7 @@ A phase's record, schedule and samples are made here, by the same functions for 
 for training.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Literal
 
 from megacl.checkpoint import newest_checkpoint
 from megacl.config import RunConfig
-from megacl.config_phase import PhaseConfig, misfit, share_of
+from megacl.config_phase import PhaseConfig, length_in_steps, misfit, share_of
 from megacl.configfile import to_tree
 from megacl.data.mixture import integer_weights
 from megacl.data.planning import asked_weights, plan_phase
@@ -123,6 +124,12 @@ def notices(config: RunConfig, index: int, stream: PhaseStream) -> list[str]:
         for source in record.sources
         if source.runs_out is not None and source.runs_out < record.budget_samples
     ]
+    lines += [
+        f"phase {phase.name!r}: replay.max_times is reached for phase {entry.phase!r} at step "
+        f"{record.step_of(entry.runs_out):,}; from there on the others share its places"
+        for entry in (record.replay.from_ if record.replay else ())
+        if entry.runs_out is not None
+    ]
     if record.budget_steps < config.steps_of(phase):
         lines.append(_end_of(config, index, record))
     lines += stream.repeats()
@@ -155,10 +162,24 @@ def _fetched_again(stream: PhaseStream) -> Iterator[str]:
 
 
 def _end_of(config: RunConfig, index: int, record: PhaseRecord) -> str:
-    out = [s.name for s in record.sources if s.runs_out is not None and s.runs_out >= record.budget_samples]
-    return (
-        f"phase {record.name!r} ends after step {record.budget_steps:,} of {config.steps_of(config.phases[index]):,}, "
-        f"where {', '.join(out) or 'all that it mixes'} has been read to its end"
+    """Where a phase ends early, for which sources, and which changes of its mixture are not reached."""
+    phase, steps = config.phases[index], config.steps_of(config.phases[index])
+    mixed, unreached = [*phase.mixture], []
+    for change in phase.mixture_changes:
+        per_step = config.tokens_per_step(phase)
+        at = math.ceil(length_in_steps(change.at, phase_steps=steps, tokens_per_step=per_step))
+        if at <= record.budget_steps:
+            mixed = [*change.mixture]
+        else:
+            mixed += change.mixture if change.how == "linear" and not unreached else ()
+            unreached.append(at)
+    if phase.when_exhausted == "stop":
+        mixed = [s.name for s in record.sources if s.runs_out is not None]
+    named = ", ".join(dict.fromkeys(mixed))
+    line = f"phase {record.name!r} ends after step {record.budget_steps:,} of {steps:,}, where {named} "
+    line += "have been read to their ends" if len(set(mixed)) > 1 else "has been read to its end"
+    return line + (
+        f"; what its mixture changes to from step {unreached[0] + 1:,} on is not reached" if unreached else ""
     )
 
 
@@ -272,7 +293,7 @@ class Reading:
     epochs: float
     """How often it will have been read by then, over all phases; for a phase, how often its own tokens replayed."""
     runs_out: int | None
-    """The phase's step in which it runs out, if it is not to be read again."""
+    """The phase's step in which it runs out, if it is not to be read again, or not more than max_times."""
 
 
 def readings(lineage: Lineage) -> list[Reading]:
@@ -290,7 +311,8 @@ def readings(lineage: Lineage) -> list[Reading]:
         return found
     for entry in replay.from_:
         share, times = entry.samples / record.samples, times_replayed(lineage, entry.phase)
-        found.append(Reading("replayed phase", entry.phase, entry.samples, entry.tokens, share, times, None))
+        out = None if entry.runs_out is None else record.step_of(entry.runs_out)
+        found.append(Reading("replayed phase", entry.phase, entry.samples, entry.tokens, share, times, out))
     return [*found, *(of_source(source, "replayed source") for source in replay.from_sources)]
 
 

@@ -123,6 +123,60 @@ def test_the_plan_says_what_runs_out_and_when_before_anything_is_trained(
         assert sum(reading["share"] for reading in phase["readings"]) == pytest.approx(1)
 
 
+def test_a_phase_that_comes_to_sources_with_nothing_left_names_them_and_the_changes_that_it_does_not_reach(
+    prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    alone = sequences(prepared, "german") * 10 // 9 // 20 + 2
+    phase = {
+        "name": "p",
+        "mixture": {"english": 1, "german": 9},
+        "mixture_changes": [
+            {"at": f"{alone} steps", "mixture": {"german": 1}},
+            {"at": f"{alone + 3} steps", "mixture": {"english": 1}},
+        ],
+        "when_exhausted": "renormalise",
+        "steps": alone + 9,
+        "schedule": {"kind": "constant", "max_lr": 1e-3},
+    }
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps(tree(prepared, tmp_path / "run", phases=[phase])))
+    status, out, _ = command_line(capsys, "data", "plan", str(config))
+    assert status == 0
+    assert (
+        f"warning: phase 'p' ends after step {alone} of {alone + 9}, where german has been read to its end; "
+        f"what its mixture changes to from step {alone + 4} on is not reached\n"
+    ) in out
+
+
+def test_the_plan_says_when_a_phase_has_been_replayed_as_often_as_it_may(
+    prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    schedule = {"kind": "constant", "max_lr": 1e-3}
+    phases = [
+        {"name": "short", "mixture": {"english": 1}, "steps": 1, "schedule": schedule},
+        {"name": "long", "mixture": {"english": 1}, "steps": 9, "schedule": schedule},
+        {
+            "name": "last",
+            "mixture": {"german": 1},
+            "steps": 6,
+            "schedule": schedule,
+            "replay": {"share": 0.5, "policy": "power_law", "max_times": 1},
+        },
+    ]
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps(tree(prepared, tmp_path / "run", phases=phases)))
+    status, out, _ = command_line(capsys, "data", "plan", str(config), "--json")
+    assert status == 0
+    last = json.loads(out)[-1]
+    # Of ten replayed samples a step, power_law gives a part of 0.449 to the older of two phases: 20 in 4.5 steps.
+    assert {reading["name"]: reading["runs_out"] for reading in last["readings"] if "phase" in reading["kind"]} == {
+        "short": 5,
+        "long": None,
+    }
+    line = "phase 'last': replay.max_times is reached for phase 'short' at step 5; from there on the others share its"
+    assert [line in notice for notice in last["notices"]] == [True]
+
+
 def test_the_lineage_says_how_the_mixture_went(whole: Path, capsys: Capture) -> None:
     status, out, _ = command_line(capsys, "lineage", str(whole))
     assert status == 0

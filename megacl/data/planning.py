@@ -77,8 +77,7 @@ def plan_phase(
     counts = Mixture(pieces).counts(own_samples).tolist()
     replay = None
     if phase.replay and share:
-        samples = steps * global_batch_size - own_samples
-        replay = _plan_replay(lineage, phase.name, phase.replay, records, seq_length, samples)
+        replay = _plan_replay(lineage, phase.name, phase.replay, records, seq_length, places, steps)
     return PhaseRecord(
         run=run,
         name=phase.name,
@@ -107,13 +106,21 @@ def plan_phase(
 
 
 def _check_names(phase: PhaseConfig, sources: Mapping[str, Source]) -> None:
-    named = [*phase.source_names, *((phase.replay.from_sources or ()) if phase.replay else ())]
-    first_of: dict[str, str] = {}
-    for name in named:
-        twin = first_of.setdefault(sources[name].fingerprint, name)
-        if named.count(name) > 1 or twin != name:
+    mixed, replayed = phase.source_names, (phase.replay.from_sources or ()) if phase.replay else ()
+    for names in (mixed, replayed):
+        first_of: dict[str, str] = {}
+        for name in names:
+            twin = first_of.setdefault(sources[name].fingerprint, name)
+            if twin != name:
+                raise ConfigError(
+                    f"phase {phase.name!r} reads the same data twice, as {twin!r} and {name!r}; one weight says it all."
+                )
+    for name in replayed:
+        twins = [other for other in mixed if sources[other].fingerprint == sources[name].fingerprint]
+        if twins:
             raise ConfigError(
-                f"phase {phase.name!r} reads the same data twice, as {twin!r} and {name!r}; one weight says it all."
+                f"phase {phase.name!r} replays source {name!r}, and its mixture reads the same data as {twins[0]!r}; "
+                "take it out of one of them."
             )
 
 
@@ -173,6 +180,10 @@ class _Places:
     def sample_of(self, number: int) -> int:
         """The index in the phase of its own sample of that number."""
         return number * self.share.denominator // (self.share.denominator - self.share.numerator)
+
+    def replayed_sample_of(self, number: int) -> int:
+        """The index in the phase of its replayed sample of that number."""
+        return -(-(number + 1) * self.share.denominator // self.share.numerator) - 1
 
     def whole_steps(self, own_samples: int, steps: int) -> int:
         """How many of `steps` steps need no more than so many own samples."""
@@ -265,10 +276,11 @@ def _plan_replay(
     replay: ReplayConfig,
     records: Mapping[str, SourceRecord],
     seq_length: int,
-    samples: int,
+    places: _Places,
+    steps: int,
 ) -> ReplayRecord:
-    """What a phase replays in its `samples` replayed samples."""
-    share = str(share_of(replay.share))
+    """What a phase of so many steps replays."""
+    share, samples = str(places.share), steps * places.batch_size - places.own(steps * places.batch_size)
     if replay.from_sources:
         whole = integer_weights(replay.from_sources)
         piece = MixturePiece(first=0, weights=tuple(whole.values()))
@@ -306,13 +318,17 @@ def _plan_replay(
     pieces: tuple[MixturePiece, ...] = (MixturePiece(first=0, weights=tuple(whole.values())),)
     if replay.max_times:
         left = [max(0, replay.max_times * draws[entry.phase] - entry.first) for entry in entries]
-        pieces, end, _ = renormalised(pieces, left, samples)
+        pieces, end, out = renormalised(pieces, left, samples)
         if end < samples:
             raise ConfigError(
                 f"phase {name!r} replays {samples:,} samples, and with replay.max_times {replay.max_times} there are "
                 f"{sum(left):,} left to replay; lower replay.share, or raise max_times."
             )
         pieces = _before(pieces, samples) or pieces
+        entries = tuple(
+            replace(entry, runs_out=places.replayed_sample_of(out[index])) if index in out else entry
+            for index, entry in enumerate(entries)
+        )
     return ReplayRecord(share=share, policy=replay.policy, mixture=pieces, from_=entries)
 
 
@@ -320,7 +336,8 @@ def _check_recut(name: str, earlier: PhaseRecord, seq_length: int) -> None:
     if earlier.packing == "best_fit" and earlier.seq_length != seq_length:
         raise ConfigError(
             f"phase {name!r} replays {earlier.name!r}, whose sequences of {earlier.seq_length} are packed and cannot "
-            f"be cut to {seq_length}; give this phase seq_length {earlier.seq_length}, or name others in replay.from."
+            f"be cut to {seq_length}; give this phase seq_length {earlier.seq_length}, or name others in replay.from, "
+            "under policy original."
         )
 
 

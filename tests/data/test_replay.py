@@ -261,6 +261,15 @@ def test_where_one_phase_has_reached_the_cap_the_others_take_its_places() -> Non
     assert sum(row in past[2]["p0"] for row in old) == 10, "all of p0, once"
     assert old[-1] in past[2]["p1"]
     assert len(old) == 40
+    short, long = stream.record.replay.from_  # type: ignore[union-attr]
+    samples = np.arange(stream.record.budget_samples)
+    located = stream.locate(samples)
+    assert np.flatnonzero(located.replayed & (located.phase == 0)).size == 10
+    beyond = short.runs_out
+    assert beyond is not None
+    assert located.replayed[beyond]
+    assert not np.any(located.phase[beyond:] == 0), "and this is where the eleventh would have stood"
+    assert long.runs_out is None
 
 
 def test_what_cannot_be_replayed_often_enough_is_one_line() -> None:

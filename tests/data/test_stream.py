@@ -247,6 +247,14 @@ def test_the_same_data_under_two_names_is_refused() -> None:
         begin(Lineage(), phase_config("p0", {"a": 1, "b": 1}, 2), sources, seq_length=T, batch=5)
 
 
+@pytest.mark.parametrize("replayed", ["a", "b"])
+def test_data_that_is_both_mixed_and_replayed_by_name_is_refused_in_words_that_say_so(replayed: str) -> None:
+    sources = {"a": counting_source(0, 100), "b": counting_source(0, 100)}
+    phase = phase_config("p0", {"a": 1}, 2, replay={"share": 0.5, "from_sources": {replayed: 1}})
+    with pytest.raises(ConfigError, match=f"replays source '{replayed}', and its mixture reads the same data as 'a'"):
+        begin(Lineage(), phase, sources, seq_length=T, batch=5)
+
+
 def test_history_whose_data_is_gone_is_named_with_its_fingerprint(tmp_path: Any) -> None:
     source = counting_source(0, 100)
     source.path = str(tmp_path / "gone")
