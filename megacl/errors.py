@@ -42,6 +42,12 @@ class LaunchError(MegaclError):
     """The processes of a run cannot start together."""
 
 
+class StoppedError(MegaclError):
+    """What was under way is not wanted any more, since the process was told to stop: no error, and nothing is lost."""
+
+    exit_status = 75
+
+
 class DivergedError(MegaclError):
     """The loss or the gradient is not finite any more: not wrong input, but nothing to go on with."""
 

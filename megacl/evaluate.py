@@ -24,7 +24,7 @@ from megacl.data.store import ShardCache
 from megacl.data.stream import open_recorded
 from megacl.data.tokenizer import Tokenizer
 from megacl.engine import Engine
-from megacl.errors import DataError, on_this_rank
+from megacl.errors import DataError, MegaclError
 from megacl.lineage import Lineage
 from megacl.parallel.ranks import Ranks
 
@@ -62,7 +62,8 @@ def evaluate_source(
     """Loss of the model in `engine` on a source's held-out documents; every rank calls it and gets the same result.
 
     sequences: read no more than the first so many windows. stop: asked before each batch; where it says so on any rank,
-    EvaluationStopped is raised on all. Raises DataError where nothing was held out.
+    EvaluationStopped is raised on all. Raises DataError, on all ranks, where nothing was held out or a batch cannot be
+    read.
     """
     held_out = source.validation.tokens
     if not held_out:
@@ -76,12 +77,20 @@ def evaluate_source(
     batches = math.ceil(windows / ranks.world_size / micro_batch_size)
     nats = 0.0
     for batch in range(batches):
-        if ranks.any(stop()):
-            raise EvaluationStopped
         some = mine[batch * micro_batch_size : (batch + 1) * micro_batch_size]
-        with on_this_rank():
+        error: MegaclError | None = None
+        try:
             inputs, targets = _windows(source, some, seq_length, micro_batch_size)
             check_tokens(targets, engine.vocab_size, source)
+        except MegaclError as raised:
+            error = raised
+        told, failed = ranks.sum(np.array([stop(), error is not None], np.float64))
+        if told:
+            raise EvaluationStopped
+        if failed:
+            with ranks.together():
+                if error is not None:
+                    raise error
         nats += engine.nats(inputs, targets)
     total = float(ranks.sum(np.array([nats]))[0])
     loss = total / tokens

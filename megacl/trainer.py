@@ -9,11 +9,9 @@ and the result is the one of an undisturbed run.
 
 import contextlib
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -22,12 +20,12 @@ from megacl.checkpoint import RunState, newest_checkpoint, prune_checkpoints, sa
 from megacl.config import RunConfig
 from megacl.config_phase import PhaseConfig
 from megacl.configfile import dump
-from megacl.data.loader import Loader
-from megacl.data.packing import PADDING
+from megacl.data.loader import Batch, Loader
 from megacl.data.provide import missing_sources, provide_sources
 from megacl.data.source import Source
+from megacl.data.store import wanted_until
 from megacl.engine import Engine, build_engine
-from megacl.errors import DataError, DivergedError
+from megacl.errors import DataError, DivergedError, MegaclError, StoppedError
 from megacl.evaluate import EvaluationStopped, evaluate_sources, sources_of
 from megacl.kernels import chosen as kernels_chosen
 from megacl.lineage import save_lineage
@@ -37,9 +35,14 @@ from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
 from megacl.plan import begin_phase, check_batches, check_phases, open_phase, schedule_of
 from megacl.publish import alone_in, publish_text, sweep_unfinished
 from megacl.resume import Found, find_inputs, find_origin, open_sources
+from megacl.stopping import StopSignal, ToldToStop
 
 Outcome = Literal["done", "stopped"]
 
+_STOPPED_EARLY = "told to stop before training began; the same command goes on"
+
+_LOOK = 0.5
+"""Seconds between two looks at what other ranks and signals say, while a rank waits for its next batch."""
 _MAX_SKIPPED = 20
 """Updates in a row that fp16 may skip: by then its loss scale is a millionth of what it was."""
 
@@ -56,7 +59,7 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
         run_dir, rank=ranks.rank, every_steps=config.logging.every_steps, tensorboard=config.logging.tensorboard
     )
     try:
-        with _StopSignal() as stop, contextlib.ExitStack() as until_the_end:
+        with StopSignal() as stop, wanted_until(lambda: stop.received), contextlib.ExitStack() as until_the_end:
             newest, locked = None, False
             with ranks.together():
                 check_batches(config, ranks.world_size)
@@ -88,15 +91,15 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
                     sweep_unfinished(run_dir / "checkpoints")
                     publish_text(run_dir / "config.yaml", dump(found.config), "the configuration")
             return _Run(found, run_dir, ranks, log, engine, stop, steps).train()
-    except _ToldToStop:
-        log.say("told to stop before training began; the same command goes on")
+    except (ToldToStop, StoppedError):
+        log.say(_STOPPED_EARLY)
         return "stopped"
     finally:
         log.close()
         stop_ranks()
 
 
-def _provide(config: RunConfig, ranks: Ranks, log: RunLog, stop: "_StopSignal") -> None:
+def _provide(config: RunConfig, ranks: Ranks, log: RunLog, stop: StopSignal) -> None:
     """Makes the sources that are not there yet, on one rank alone: it may take hours, and others would wait."""
     if ranks.world_size == 1:
         with stop.at_once():
@@ -118,7 +121,7 @@ class _Run:
         ranks: Ranks,
         log: RunLog,
         engine: Engine,
-        stop: "_StopSignal",
+        stop: StopSignal,
         total_steps: int,
     ) -> None:
         self.origin, self.config, self.inputs = found.origin, found.config, found.inputs
@@ -127,9 +130,13 @@ class _Run:
         checkpoint = found.origin.checkpoint
         self.step = checkpoint.state.step if checkpoint else 0
         self.last_good = checkpoint.path if checkpoint else None
+        self.unsaved: RunState | None = None  # where the run stands, if no checkpoint stands there
         self.skipped = 0
         self.total_steps = total_steps
-        self.evaluated, problems = sources_of(self.lineage, self.inputs.sources, self.inputs.history, self.inputs.cache)
+        with ranks.together():
+            self.evaluated, problems = sources_of(
+                self.lineage, self.inputs.sources, self.inputs.history, self.inputs.cache
+            )
         for problem in problems:
             log.warn(f"not evaluated: {problem}")
         if not any(source.validation.tokens for source in self.evaluated.values()):
@@ -150,7 +157,7 @@ class _Run:
         try:
             self._evaluate_what_is_owed()
         except EvaluationStopped:
-            self.log.say("told to stop before training began; the same command goes on")
+            self.log.say(_STOPPED_EARLY)
             return "stopped"
         for index in range(origin.phase, len(phases)):
             if self._train_phase(index, origin.samples if index == origin.phase else 0) == "stopped":
@@ -197,8 +204,10 @@ class _Run:
             with self.ranks.together():
                 self._publish_lineage()
         batch_size = config.batch_size_of(phase)
-        stream = open_phase(self.lineage, self.inputs)
-        for line in stream.packings():
+        with self.ranks.together():
+            stream = open_phase(self.lineage, self.inputs)
+            packings = stream.packings()
+        for line in packings:
             self.log.say(line)
         loader = Loader(
             stream,
@@ -212,38 +221,72 @@ class _Run:
         schedule = schedule_of(config, phase, stream.record.start_lr, stream.record.budget_steps)
         before = self.lineage.tokens - self.lineage.phases[-1].tokens
         began, waited = time.perf_counter(), 0.0
-        for batch in loader:
-            samples = batch.first_sample + batch_size
-            self._step(
-                phase,
-                batch.tokens,
-                lr := schedule(samples // batch_size),
-                samples=samples,
-                tokens_seen=before + samples * stream.seq_length,
-                padded=stream.padded,
-                waited=loader.waited - waited,
-            )
-            waited = loader.waited
-            self.lineage = self.lineage.with_phase(stream.seen(samples, lr))
-            ended = samples == stream.record.budget_samples
-            told_to_stop = self.ranks.any(self.stop.received)
-            state = RunState(step=self.step, phase=index, samples=samples, phase_end=ended)
-            saved = ended or told_to_stop or _due(self.step, config.checkpoint.every_steps)
-            if saved:
-                self._save(state)
-            if not told_to_stop:
+        with loader.reading() as poll:
+            while samples < stream.record.budget_samples:
+                if (found := self._next_batch(poll)) is None:
+                    return self._stopped()
+                batch, targets = found
+                samples = batch.first_sample + batch_size
+                self._step(
+                    phase,
+                    batch.tokens,
+                    lr := schedule(samples // batch_size),
+                    samples=samples,
+                    tokens_seen=before + samples * stream.seq_length,
+                    targets=targets if stream.padded else None,
+                    waited=loader.waited - waited,
+                )
+                waited = loader.waited
+                self.lineage = self.lineage.with_phase(stream.seen(samples, lr))
+                ended = samples == stream.record.budget_samples
+                self.unsaved = RunState(step=self.step, phase=index, samples=samples, phase_end=ended)
+                if ended or _due(self.step, config.checkpoint.every_steps):
+                    self._save()
                 try:
                     self._evaluate_if_due(phase, self.evaluated, ended=ended)
                 except EvaluationStopped:
-                    told_to_stop = True
-                    if not saved:
-                        self._save(state)
-            if told_to_stop:
-                self.log.say(f"told to stop: saved at step {self.step}; the same command goes on from there")
-                return "stopped"
+                    return self._stopped()
+                except DataError:
+                    self._save()
+                    raise
         seconds = time.perf_counter() - began
         self.log.say(f"phase {phase.name}: {waited:.2f} s of {seconds:.1f} s were spent waiting for data")
         return "done"
+
+    def _next_batch(self, poll: Callable[[float | None], Batch | None]) -> tuple[Batch, int] | None:
+        """The next batch, once every rank has its part, and how many tokens all of it predicts; None if told to stop.
+
+        So long as one rank waits for its data, all come together here now and then: a signal is heard on any of them,
+        and no collective of a step waits for a store. Where a rank cannot read its part, all save and raise its error.
+        """
+        batch: Batch | None = None
+        error: MegaclError | None = None
+        while True:
+            try:
+                batch = batch or poll(_LOOK)
+            except MegaclError as raised:
+                error = raised
+            said = [self.stop.received, error is not None, batch is not None, batch.targets if batch else 0]
+            told, failed, ready, targets = self.ranks.sum(np.array(said, np.float64))
+            if told:
+                return None
+            if failed:
+                self._save()
+                with self.ranks.together():
+                    if error is not None:
+                        raise error
+            if batch is not None and ready == self.ranks.world_size:
+                return batch, int(targets)
+
+    def _stopped(self) -> Outcome:
+        """Ends the run, told to stop, with what it has done saved."""
+        self._save()
+        self.log.say(
+            f"told to stop: saved at step {self.step}; the same command goes on from there"
+            if self.last_good
+            else _STOPPED_EARLY
+        )
+        return "stopped"
 
     def _step(
         self,
@@ -253,11 +296,10 @@ class _Run:
         *,
         samples: int,
         tokens_seen: int,
-        padded: bool,
+        targets: int | None,
         waited: float,
     ) -> None:
         start = time.perf_counter()
-        targets = int(self.ranks.sum(np.array([np.count_nonzero(tokens[:, 1:] != PADDING)]))[0]) if padded else None
         result = self.engine.step(tokens, lr, targets=targets)
         seconds = time.perf_counter() - start
         self.step += 1
@@ -287,7 +329,7 @@ class _Run:
             waited=waited,
             tokens_per_second=rate,
             flops_per_second=flops,
-            **({"real_tokens": targets} if padded else {}),
+            **({} if targets is None else {"real_tokens": targets}),
         )
         text = f"{phase.name}  loss {result.loss:.4f}  lr {lr:.3g}  {rate:,.0f} tokens/s  {flops / 1e9:,.1f} GFLOP/s"
         self.log.progress(self.step, self.total_steps, text)
@@ -328,16 +370,20 @@ class _Run:
     def _last_good(self) -> str:
         return f"the last checkpoint is {self.last_good}" if self.last_good else "no checkpoint was saved yet"
 
-    def _save(self, state: RunState) -> None:
+    def _save(self) -> None:
+        """Saves the last step that was made, where no checkpoint stands there yet."""
+        if self.unsaved is None:
+            return
         self.last_good = save_checkpoint(
             self.engine,
             self.ranks,
             self.run_dir,
-            state,
+            self.unsaved,
             lineage=self.lineage,
             config=self.config,
             tokenizer=self.inputs.tokenizer,
         )
+        self.unsaved = None
         with self.ranks.together():
             self._publish_lineage()
             if self.ranks.rank == 0:
@@ -346,47 +392,3 @@ class _Run:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-class _ToldToStop(BaseException):
-    """Raised by a signal where there is nothing to save; not an Exception, so that nothing takes it for an error."""
-
-
-class _StopSignal:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C while it is entered: the run saves after the step under way, and ends.
-
-    A second Ctrl-C ends it at once, without saving.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._at_once = False
-        self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._at_once:
-            raise _ToldToStop
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """A block that a signal ends where it stands, by _ToldToStop."""
-        self._at_once = True
-        try:
-            if self.received:
-                raise _ToldToStop
-            yield
-        finally:
-            self._at_once = False
-
-    def __enter__(self) -> "_StopSignal":
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # __main__ held it back until here
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)

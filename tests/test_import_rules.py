@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megacl"
 
 # A package that stands here as a whole (kernels, parallel, convert) speaks for the modules inside it.
 LEVELS = [
-    "megacl errors publish config config_phase configfile data.__init__ model.__init__ model.config",
+    "megacl errors publish stopping config config_phase configfile data.__init__ model.__init__ model.config",
     "log schedules lineage kernels parallel "
     "data.manifest data.store data.shards data.source data.verify data.inputs data.forms data.documents data.megatron "
     "data.portions data.workers data.boundaries data.units data.tokenizer data.tokenizer_training data.order",

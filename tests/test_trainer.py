@@ -25,6 +25,7 @@ from megacl.lineage import load_lineage
 from megacl.model.gpt import build_model
 from megacl.publish import alone_in
 from megacl.trainer import train
+from tests.ranks import run_on_ranks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -221,6 +222,32 @@ def blocks_usr1(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:"))
     return bool(int(mask, 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
+def what_a_rank_does(ranks: Any, case: str) -> str:
+    """Rank 0 never gets its part of a batch; the last rank has its own at once."""
+    from types import SimpleNamespace
+
+    from megacl.trainer import _Run
+
+    mine = ranks.rank != 0
+    stop = SimpleNamespace(received=case == "told" and mine)
+
+    def poll(seconds: float) -> Any:
+        if case == "broken" and not mine:
+            raise DataError("rank 0 cannot read")
+        return SimpleNamespace(targets=1) if mine else None
+
+    run: Any = SimpleNamespace(ranks=ranks, stop=stop, _save=lambda: None)
+    try:
+        return str(_Run._next_batch(run, poll))
+    except DataError as error:
+        return f"{error} {error.on_every_rank}"
+
+
+def test_one_rank_that_waits_for_data_or_cannot_read_it_ends_all_of_them_alike() -> None:
+    assert run_on_ranks(2, what_a_rank_does, "told") == ["None"] * 2
+    assert run_on_ranks(2, what_a_rank_does, "broken") == ["rank 0 cannot read True"] * 2
 
 
 def wait_for_steps(run_dir: Path, steps: int) -> None:

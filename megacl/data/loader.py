@@ -5,13 +5,18 @@
         engine.step(batch.tokens, lr)
     loader.waited                   # seconds for which the loop above had to wait for a batch
 
+    with loader.reading() as poll:  # the same for one who has other things to look after while it waits
+        batch = poll(0.5)           # None where none is ready after half a second
+
 Batch k is samples [k B, (k + 1) B) of the phase; rank r of W reads the r-th of W equal slices. So the batch is the same
 on any number of ranks, and after any resume: the loader's whole state is the number of samples handed out.
 """
 
+import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,7 +24,9 @@ import numpy as np
 
 from megacl.data.lookahead import LookAhead
 from megacl.data.order import Int64
+from megacl.data.packing import PADDING
 from megacl.data.source import Source
+from megacl.data.store import wanted_until
 from megacl.data.stream import PhaseStream
 from megacl.errors import ConfigError, DataError, on_this_rank
 
@@ -48,6 +55,8 @@ class Batch:
     """Indices of this rank's samples, int64 [rows]."""
     tokens: Int64
     """int64 [rows, T + 1]."""
+    targets: int
+    """How many of them are predicted: rows T, less by the PADDING."""
 
 
 class Loader:
@@ -101,9 +110,22 @@ class Loader:
             check_tokens(tokens[batch, row], self._vocab_size, source)
         for index in range(count):
             staged = self._stage(tokens[index]) if self._stage else tokens[index]
-            yield Batch(int(firsts[index]), samples[index], staged)
+            predicted = tokens[index, :, 1:]
+            targets = int(np.count_nonzero(predicted != PADDING)) if self._stream.padded else predicted.size
+            yield Batch(int(firsts[index]), samples[index], staged, targets)
 
     def __iter__(self) -> Iterator[Batch]:
+        with self.reading() as poll:
+            while self._next + self._batch_size <= self._stream.record.budget_samples:
+                if (batch := poll(None)) is not None:
+                    yield batch
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[float | None], Batch | None]]:
+        """Reads ahead inside the block: poll(seconds) gives the next batch, None where none is ready in that time.
+
+        It may be called as often as there are batches. It raises what reading raised, on this rank alone.
+        """
         budget = self._stream.record.budget_samples
         ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=_AHEAD)
         stop = threading.Event()
@@ -125,7 +147,7 @@ class Loader:
                     rows=self._rows,
                     offset=self._rank * self._rows,
                 )
-                with on_this_rank(), look_ahead:
+                with on_this_rank(), wanted_until(stop.is_set), look_ahead:
                     while first + self._batch_size <= budget and not stop.is_set():
                         count = min(count, (budget - first) // self._batch_size)
                         look_ahead.reached(first)
@@ -135,18 +157,28 @@ class Loader:
             except BaseException as error:  # raised again where the batch is asked for
                 put(error)
 
+        batches: deque[Batch] = deque()
+
+        def poll(seconds: float | None) -> Batch | None:
+            if not batches:
+                asked = time.perf_counter()
+                try:
+                    item = ready.get(timeout=seconds)
+                except queue.Empty:
+                    return None
+                finally:
+                    self.waited += time.perf_counter() - asked
+                if isinstance(item, BaseException):
+                    raise item
+                batches.extend(item)
+            batch = batches.popleft()
+            self._next = batch.first_sample + self._batch_size
+            return batch
+
         thread = threading.Thread(target=read_ahead, args=(self._next,), name="megacl-loader", daemon=True)
         thread.start()
         try:
-            while self._next + self._batch_size <= budget:
-                asked = time.perf_counter()
-                item = ready.get()
-                self.waited += time.perf_counter() - asked
-                if isinstance(item, BaseException):
-                    raise item
-                for batch in item:
-                    self._next = batch.first_sample + self._batch_size
-                    yield batch
+            yield poll
         finally:
             stop.set()
             thread.join()

@@ -15,9 +15,9 @@ from types import TracebackType
 
 import numpy as np
 
-from megacl.data.store import RemoteFolder, StoppedError
+from megacl.data.store import RemoteFolder, wanted_until
 from megacl.data.stream import PhaseStream
-from megacl.errors import DataError
+from megacl.errors import DataError, StoppedError
 
 _FETCHES = 4
 _PART_OF_CACHE = 4
@@ -99,5 +99,6 @@ class LookAhead:
 
     def _fetch(self, source: int, shard: int) -> None:
         row = self._stream.sources[source].train.shards.row(shard)
-        with contextlib.suppress(DataError, StoppedError):  # an error that lasts is raised where the shard is read
-            self._remote[source].fetch_ahead(row, self._stop)
+        # An error that lasts is raised where the shard is read.
+        with contextlib.suppress(DataError, StoppedError), wanted_until(self._stop.is_set):
+            self._remote[source].fetch_ahead(row)

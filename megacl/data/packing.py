@@ -15,6 +15,7 @@ their numbers of rows must be known. These are counted once in a process, at the
 every shard once; docs/design.md says what that costs. No token is read for it.
 """
 
+import contextvars
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -132,8 +133,12 @@ def _packing(packed: _Packed, shard: int) -> Packing:
 def _rows(packed: _Packed) -> tuple[Int64, Int64]:
     """The number of each shard's first row, and of the one behind its last: two of int64 [shards]."""
     with ThreadPoolExecutor(_THREADS) as threads:
-        counted = threads.map(lambda shard: len(_packing(packed, shard)), range(len(packed.stream.shards)))
-        counts = np.fromiter(counted, np.int64)
+        # A thread does not know by itself what its starter's `wanted_until` says.
+        counted = [
+            threads.submit(contextvars.copy_context().run, _packing, packed, shard)
+            for shard in range(len(packed.stream.shards))
+        ]
+        counts = np.array([len(packing.result()) for packing in counted], np.int64)
     ends = np.cumsum(counts)
     return ends - counts, ends
 

@@ -17,6 +17,7 @@ deleted meanwhile takes up disk until then.
 
 What fails for a while (no connection, a server that answers 5xx or not at all) is tried again for `patience` seconds;
 what will not get better (refused keys, a missing object, a shard of another size or hash) ends in a DataError at once.
+Inside `wanted_until(told)` all this is broken off by a StoppedError soon after told() has become true.
 """
 
 import contextlib
@@ -26,15 +27,15 @@ import hashlib
 import mmap
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from megacl.data.manifest import ShardRow
-from megacl.errors import DataError
+from megacl.errors import DataError, StoppedError
 from megacl.publish import disk_errors, publish_bytes
 
 OPEN_FETCHED = 64
@@ -45,6 +46,8 @@ _CHUNK = 2**23
 _CONNECT, _SILENCE = 5.0, 20.0
 """Seconds that a connection to S3 may take, and that one may be silent, before the next try."""
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
+_LOOK = 0.1
+"""Seconds between two looks at whether what is waited for is still wanted."""
 _REFUSED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|INVALID_SIGNATURE|SIGNATURE_DOES_NOT_MATCH|"
     r"MISSING_AUTHENTICATION_TOKEN|UNRECOGNIZED_CLIENT|EXPIRED_TOKEN|HTTP status 40[13]"
@@ -57,8 +60,23 @@ def is_url(path: str | Path) -> bool:
     return isinstance(path, str) and _URL.match(path) is not None
 
 
-class StoppedError(Exception):
-    """A fetch that is no longer wanted was broken off."""
+# Who wants to stop stands at the loop that reads, and what is read lies many calls below it.
+_told_to_stop: ContextVar[Callable[[], bool]] = ContextVar("_told_to_stop", default=lambda: False)
+
+
+@contextlib.contextmanager
+def wanted_until(told: Callable[[], bool]) -> Iterator[None]:
+    """A block in which whatever is read from a store is broken off once told() is true. It counts for its thread."""
+    token = _told_to_stop.set(told)
+    try:
+        yield
+    finally:
+        _told_to_stop.reset(token)
+
+
+def _check_wanted() -> None:
+    if _told_to_stop.get()():
+        raise StoppedError("told to stop; the same command goes on.")
 
 
 class ShardCache:
@@ -218,15 +236,15 @@ class RemoteFolder:
 
     def open_shard(self, row: ShardRow) -> mmap.mmap:
         """A shard's bytes, mapped, fetched first where the cache has not got them. DataError where that fails."""
-        with self.cache.open(row, lambda file: self._fetch(row, file, None)) as opened:
+        with self.cache.open(row, lambda file: self._fetch(row, file)) as opened:
             return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def fetch_ahead(self, row: ShardRow, stop: threading.Event) -> None:
-        """Sees to it that the cache has a shard. DataError where that fails, StoppedError once `stop` is set."""
+    def fetch_ahead(self, row: ShardRow) -> None:
+        """Sees to it that the cache has a shard. DataError where that fails."""
         if not self.cache.holds(row):
-            self.cache.open(row, lambda file: self._fetch(row, file, stop)).close()
+            self.cache.open(row, lambda file: self._fetch(row, file)).close()
 
-    def _fetch(self, row: ShardRow, file: BinaryIO, stop: threading.Event | None) -> None:
+    def _fetch(self, row: ShardRow, file: BinaryIO) -> None:
         where = f"{self}/{row.path}"
 
         def attempt() -> str:
@@ -240,8 +258,7 @@ class RemoteFolder:
                     )
                 file.seek(0)
                 while file.tell() < row.size:
-                    if stop is not None and stop.is_set():
-                        raise StoppedError
+                    _check_wanted()
                     chunk = opened.read(_CHUNK)
                     if not chunk:
                         raise OSError("the connection ended too early")
@@ -251,7 +268,7 @@ class RemoteFolder:
             return digest.hexdigest()
 
         try:
-            found = self._patiently(row.path, attempt, stop)
+            found = self._patiently(row.path, attempt)
         except FileNotFoundError:
             raise DataError(f"{where}: the shard is missing. Upload it again.") from None
         if found != row.sha256:
@@ -263,8 +280,8 @@ class RemoteFolder:
             self._connection = _connect(self.url)
         return self._connection
 
-    def _patiently(self, name: str, attempt: Callable[[], _T], stop: threading.Event | None = None) -> _T:
-        """What `attempt` returns, tried again while the store fails in a way that may pass."""
+    def _patiently(self, name: str, attempt: Callable[[], _T]) -> _T:
+        """What `attempt` returns, tried again while the store fails in a way that may pass and it is wanted."""
         where = f"{self}/{name}".rstrip("/")
         end, delay = time.monotonic() + self.cache.patience, _FIRST_DELAY
         while True:
@@ -284,10 +301,10 @@ class RemoteFolder:
                         f"{where}: the store cannot be read, tried for {self.cache.patience:g} s ({reason}). Run the "
                         "same command again once it can, or raise cache.patience."
                     ) from None
-            if stop is None:
-                time.sleep(delay)
-            elif stop.wait(delay):
-                raise StoppedError
+            again = time.monotonic() + delay
+            while (left := again - time.monotonic()) > 0:
+                _check_wanted()
+                time.sleep(min(left, _LOOK))
             delay = min(2 * delay, _LONGEST_DELAY)
 
 

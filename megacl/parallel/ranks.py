@@ -77,6 +77,7 @@ class Ranks:
             error = raised
         first = next((found for found in self._gather(error) if found is not None), None)
         if first is not None:
+            first.on_every_rank = True
             raise first
 
     def _gather(self, obj: Any) -> list[Any]:

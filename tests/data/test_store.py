@@ -3,6 +3,7 @@
 import http.server
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -16,11 +17,12 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
+from megacl.checkpoint import find_checkpoint, open_checkpoint
 from megacl.configfile import from_tree
 from megacl.data.loader import Loader
 from megacl.data.manifest import Generation, Manifest, ShardList, TokenizerRecord, publish_manifest
 from megacl.data.shards import join_documents, write_shard
-from megacl.data.source import Source, open_source
+from megacl.data.source import Source, _open_fetched, open_source
 from megacl.data.store import ShardCache
 from megacl.data.stream import PhaseStream
 from megacl.data.tokenizer import load_tokenizer
@@ -432,3 +434,65 @@ def test_training_from_a_store_is_training_from_the_folder(
     del remote["sources"]["german"]["window"]
     remote |= {"run_dir": str(tmp_path / "other"), "cache": {"path": str(tmp_path / "cache"), "size": "0.01 MB"}}
     assert "each is fetched again and again. Set sources.german.window" in "\n".join(plan_text(from_tree(remote)))
+
+
+def tree_whose_server_dies(
+    server: Server, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, patience: float
+) -> dict[str, Any]:
+    """A configuration of a long run, after whose third step the store is gone, and the cache empty."""
+    from megacl import trainer
+
+    original = trainer._Run._step
+
+    def step(self: Any, *arguments: Any, **more: Any) -> None:
+        original(self, *arguments, **more)
+        if self.step == 3:
+            server.stop()
+            for file in (tmp_path / "cache").glob("*.arrow"):
+                file.unlink()
+            _open_fetched.cache_clear()
+
+    monkeypatch.setattr(trainer._Run, "_step", step)
+    cache = {"path": str(tmp_path / "cache"), "size": "0.2 MB", "patience": patience}
+    tree = prepared.tree(tmp_path / "run", cache=cache, evaluation={}, checkpoint={})
+    for name, path in prepared.sources.items():
+        tree["sources"][name] = {"path": server.upload(path, f"bucket/dying-{name}"), "window": 1}
+    tree["phases"][0]["steps"] = 5000
+    return tree
+
+
+def steps_made_and_saved(run_dir: Path) -> tuple[int, int]:
+    made = (run_dir / "metrics.jsonl").read_text().count('"kind": "step"')
+    return made, open_checkpoint(find_checkpoint(str(run_dir), pytest.fail)).state.step
+
+
+def test_a_run_that_waits_for_a_dead_store_hears_a_signal_and_saves(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tree_whose_server_dies(Server(), prepared, tmp_path, monkeypatch, patience=60)
+    threading.Timer(4, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    assert train(from_tree(tree)) == "stopped"
+    made, saved = steps_made_and_saved(tmp_path / "run")
+    assert made == saved >= 3
+
+
+def test_a_run_whose_store_stays_away_saves_its_last_step_before_it_ends(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tree_whose_server_dies(Server(), prepared, tmp_path, monkeypatch, patience=0.5)
+    with pytest.raises(DataError, match="the store cannot be read"):
+        train(from_tree(tree))
+    made, saved = steps_made_and_saved(tmp_path / "run")
+    assert made == saved >= 3
+
+
+def test_a_run_that_cannot_reach_its_store_hears_a_signal_before_it_begins(
+    store: Store, prepared: Prepared, tmp_path: Path
+) -> None:
+    store.status = 503
+    cache = {"path": str(tmp_path / "cache"), "size": "0.2 MB", "patience": 60}
+    tree = prepared.tree(tmp_path / "run", cache=cache)
+    for name in prepared.sources:
+        tree["sources"][name] = {"path": store.url}
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    assert train(from_tree(tree)) == "stopped"
