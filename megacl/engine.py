@@ -68,8 +68,10 @@ class Engine(ABC):
         self._forward.train()
         for index, batch_BT in enumerate(micro_batches, start=1):
             inputs_BT, targets_BT = batch_BT[:, :-1], batch_BT[:, 1:]
-            if targets is not None:  # behind a row's last document any input will do: nothing looks back at it
-                inputs_BT = inputs_BT.clamp(min=0)
+            if targets is not None:
+                # Behind a row's last document nothing looks back, so any input will do but one that begins a document.
+                filler = 1 if self._model.document_end == 0 else 0
+                inputs_BT = inputs_BT.masked_fill(inputs_BT == PADDING, filler)
                 targets_BT = targets_BT.masked_fill(targets_BT == PADDING, IGNORED)
             with self._autocast():
                 part = self._forward(inputs_BT, targets_BT) / share
@@ -149,7 +151,8 @@ class Engine(ABC):
     def stage(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """The same tokens, in pinned memory where the device is a GPU, so that copying them there runs beside it.
 
-        They must be kept until the step that takes them has returned. What it saves was not measured on a GPU yet.
+        They must be kept until the step that takes them has returned. This has not run on a GPU yet; a test of it
+        waits for one.
         """
         if self._device.type != "cuda":
             return tokens

@@ -187,7 +187,8 @@ class _Run:
         config = self.config
         size = f"{count_parameters(config.model):,} parameters"
         what = f"{size}, {config.engine.kind} engine, {self.ranks.world_size} rank(s)"
-        kernels = ", ".join(f"{op}: {form}" for op, form in kernels_chosen(compiled=config.engine.compile).items())
+        forms = kernels_chosen(half=config.engine.precision != "fp32", compiled=config.engine.compile)
+        kernels = ", ".join(f"{op}: {form}" for op, form in forms.items())
         parent = self.origin.parent
         where = (
             f"from {parent.path}" if parent else f"going on at step {self.step}" if self.step else "from the beginning"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from megacl import kernels
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.data.packing import PADDING
 from megacl.engine import Engine, build_engine
@@ -359,6 +360,23 @@ def test_a_padded_batch_gives_the_mean_over_its_real_targets(padded):
     assert padded.norms[0] == pytest.approx(norm.item(), rel=1e-5)
 
 
+def test_padding_is_no_documents_whatever_token_ends_them(monkeypatch):
+    counted = []
+    attention = kernels.attention
+
+    def counting(q, k, v, bounds):
+        counted.append(len(bounds) - 1)
+        return attention(q, k, v, bounds)
+
+    monkeypatch.setattr(kernels, "attention", counting)
+    for end in (0, 7):
+        tokens = np.where(pad(batch(0)) == 0, 1, pad(batch(0)))
+        tokens[tokens == 7] = 1
+        targets = int((tokens[:, 1:] != PADDING).sum())
+        make_engine(Ranks(), document_end=end).step(tokens, 1e-3, targets=targets)
+    assert set(counted) == {ROWS}
+
+
 def test_the_micro_batch_does_not_change_the_losses_of_padded_batches(padded):
     assert_close(train_native(range(5), padded=True, micro_batch_size=1), padded)
 
@@ -427,3 +445,10 @@ def test_a_state_of_another_shape_is_refused():
     before.state["final_norm.bias"]["weight"] = np.zeros(7, np.float32)
     with pytest.raises(CheckpointError, match=r"final_norm.bias \(weight\) is \[7\] in the checkpoint and \[45\]"):
         restore(make_engine(Ranks()), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+def test_batches_are_staged_in_pinned_memory_on_a_gpu():
+    staged = make_engine(Ranks()).stage(batch(0))
+    assert torch.from_numpy(staged).is_pinned()
+    np.testing.assert_array_equal(staged, batch(0))

@@ -31,24 +31,30 @@ _FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
 _overridden: ContextVar[dict[str, str]] = ContextVar("_overridden", default={})  # noqa: B039 - never changed in place
 
 
-def _fastest(op: str, *, compiled: bool) -> str:
+def _fastest(op: str, *, half: bool, compiled: bool) -> str:
     """The form of an op that is the fastest on this process's device."""
     if op == "linear_cross_entropy":
         return "chunked"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+    if half and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         return "flash"
-    return "reference" if compiled else "one_by_one"  # whose loop would be compiled for every number of documents
+    # A loop over the documents must know their number: a GPU would be waited for in each layer, and a graph compiled
+    # for each number.
+    return "reference" if compiled or torch.cuda.is_available() else "one_by_one"
 
 
-def chosen(*, compiled: bool = False) -> dict[str, str]:
-    """The form of each op that runs now, to be printed where a run begins; compiled: under torch.compile."""
-    return {op: _fastest(op, compiled=compiled) for op in _FORMS} | _overridden.get()
+def chosen(*, half: bool = False, compiled: bool = False) -> dict[str, str]:
+    """The form of each op that runs now, to be printed where a run begins.
+
+    half: on values of 16 bits. compiled: under torch.compile.
+    """
+    return {op: _fastest(op, half=half, compiled=compiled) for op in _FORMS} | _overridden.get()
 
 
-def _form(op: str) -> Callable[..., Tensor]:
+def _form(op: str, values: Tensor) -> Callable[..., Tensor]:
+    half = values.itemsize == 2
     if torch.compiler.is_compiling():  # a graph cannot read what was overridden
-        return _FORMS[op][_fastest(op, compiled=True)]
-    return _FORMS[op][chosen()[op]]
+        return _FORMS[op][_fastest(op, half=half, compiled=True)]
+    return _FORMS[op][chosen(half=half)[op]]
 
 
 @contextlib.contextmanager
@@ -72,7 +78,7 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, 
     autocast. chunk: how many tokens' logits exist at one time, at least 1. It changes memory and time, not the value
     beyond rounding. Differentiable once in x and weight.
     """
-    return _form("linear_cross_entropy")(x_ND, weight_VD, targets_N, chunk=chunk, ignore_index=IGNORED)
+    return _form("linear_cross_entropy", x_ND)(x_ND, weight_VD, targets_N, chunk=chunk, ignore_index=IGNORED)
 
 
 def attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D: Tensor) -> Tensor:
@@ -82,4 +88,4 @@ def attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D: Tensor) 
     bounds_D: int32, ascending, where the documents begin in the B rows laid end to end, and B T at last. Every row
     begins a document. Returns [B, H, T, E] in the dtype of q. Differentiable in q, k and v.
     """
-    return _form("attention")(q_BHTE, k_BKTE, v_BKTE, bounds_D)
+    return _form("attention", q_BHTE)(q_BHTE, k_BKTE, v_BKTE, bounds_D)

@@ -1,7 +1,8 @@
 """Attention inside documents that lie end to end, by their bounds: no score across a bound is computed.
 
 A batch is laid flat, its rows end to end, so that the documents of all rows are one list. Two functions of one
-signature go through it: flash attention in one call, for a GPU in 16 bits, and a loop over the documents, for the rest.
+signature go through it: flash attention in one call, for a GPU in 16 bits, and a loop over the documents, for a CPU.
+Flash attention is tested on a GPU by tests/kernels/test_attention.py alone, where there is one; that was not done yet.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,8 @@ from torch import Tensor
 
 
 def flash(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D: Tensor) -> Tensor:
-    """`kernels.attention` by flash attention, which has no fp32: there, one document after another."""
-    return _over_flat(_flash if q_BHTE.itemsize == 2 else _one_by_one, q_BHTE, k_BKTE, v_BKTE, bounds_D)
+    """`kernels.attention` by flash attention: on a GPU, in 16 bits."""
+    return _over_flat(_flash, q_BHTE, k_BKTE, v_BKTE, bounds_D)
 
 
 def one_by_one(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D: Tensor) -> Tensor:

@@ -118,6 +118,24 @@ def test_flash_attention_has_the_signature_and_shapes_that_it_is_called_with():
         assert (dq.shape, dk.shape) == (q.shape, k.shape)
 
 
-def test_flash_attention_leaves_fp32_to_the_loop():
+@pytest.mark.parametrize(("capability", "half"), [((8, 0), "flash"), ((7, 5), "reference")])
+def test_a_gpu_never_runs_the_loop_over_documents(monkeypatch, capability, half):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for compiled in (False, True):
+        assert kernels.chosen(half=True, compiled=compiled)["attention"] == half
+        assert kernels.chosen(half=False, compiled=compiled)["attention"] == "reference"
     inputs = draw(2, 10, (2, 2), 4, 0.3, seed=3)
-    torch.testing.assert_close(run("flash", inputs), run("one_by_one", inputs), rtol=0, atol=0)
+    torch.testing.assert_close(kernels.attention(*inputs), run("reference", inputs)[0], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention runs on a GPU")
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("width", [64, 12])
+def test_flash_attention_on_a_gpu_gives_the_mean_and_gradients_of_the_definition(heads, width):
+    *wide, bounds = draw(2, 300, heads, width, 0.02, seed=4)
+    half = tuple(x.detach().cuda().bfloat16().requires_grad_() for x in wide)
+    exact = tuple(x.detach().double().cpu().requires_grad_() for x in half)
+    expected = run("reference", (*exact, bounds))
+    for ours, theirs in zip(run("flash", (*half, bounds.cuda())), expected, strict=True):
+        assert (ours.cpu() - theirs).norm() < 0.02 * theirs.norm()
