@@ -89,7 +89,7 @@ def plan_phases(found: Found) -> Iterator[tuple[int, PhaseStream, Lineage]]:
 def check_phases(found: Found, say: Callable[[str], None]) -> int:
     """Goes through the phases that are left and says what is to be known of them; returns the steps of all phases."""
     lineage = found.origin.lineage
-    for line in split_notice(found):
+    for line in (*packing_notice(found), *split_notice(found)):
         say(line)
     for index, stream, after in plan_phases(found):
         lineage = after
@@ -101,6 +101,18 @@ def check_phases(found: Found, say: Callable[[str], None]) -> int:
 def run_phases(after: Lineage, config: RunConfig) -> tuple[PhaseRecord, ...]:
     """The records of the configuration's phases; after: the lineage where they are over."""
     return after.phases[-len(config.phases) :]
+
+
+def packing_notice(found: Found) -> list[str]:
+    """A line for each source of a store whose documents are packed: its rows are counted from all of its shards."""
+    if found.config.packing == "cut":
+        return []
+    return [
+        f"source {name!r}: packing counts the rows of all its shards before the first step, so each machine fetches "
+        f"all {int(source.train.sizes.sum()):,} bytes from the store first"
+        for name, source in found.inputs.sources.items()
+        if isinstance(source.folder, RemoteFolder)
+    ]
 
 
 def split_notice(found: Found) -> list[str]:
@@ -150,15 +162,19 @@ def notices(config: RunConfig, index: int, stream: PhaseStream) -> list[str]:
 
 
 def _fetched_again(stream: PhaseStream) -> Iterator[str]:
-    for source in stream.record.sources_read:
-        opened = stream.source_of(source)
-        folder, size = opened.folder, int(opened.train.sizes.sum())
-        if isinstance(folder, RemoteFolder) and source.window is None and size > folder.cache.size:
-            yield (
-                f"phase {stream.record.name!r} reads source {source.name!r} from a store in a permutation of all its "
-                f"sequences, and its shards, {size:,} bytes, do not fit into the cache of {folder.cache.size:,}: each "
-                f"is fetched again and again. Set sources.{source.name}.window, or raise cache.size"
-            )
+    for phase, source, size in stream.scattered():
+        folder = stream.source_of(source).folder
+        if not isinstance(folder, RemoteFolder) or size <= folder.cache.size:
+            continue
+        what, remedy = f"reads source {source.name!r}", f"Set sources.{source.name}.window, or raise cache.size"
+        if phase is not None:
+            what = f"replays source {source.name!r} of phase {phase!r}"
+            remedy = "Raise cache.size" + ("" if source.window is None else ", or set replay.policy to original")
+        yield (
+            f"phase {stream.record.name!r} {what} from a store in a permutation of all its sequences, and its shards, "
+            f"{size:,} bytes, do not fit into the cache of {folder.cache.size:,}: each is fetched again and again. "
+            f"{remedy}"
+        )
 
 
 def _end_of(config: RunConfig, index: int, record: PhaseRecord) -> str:
@@ -222,7 +238,7 @@ def plan_text(config: RunConfig, *, resume: bool = True) -> Iterator[str]:
     packed: dict[int, list[str]] = {}
     if not missing:
         found = find_inputs(config, origin, open_sources(config, origin))
-        yield from (f"warning: {line}" for line in split_notice(found))
+        yield from (f"warning: {line}" for line in (*packing_notice(found), *split_notice(found)))
         for index, stream, after in plan_phases(found):
             records[index], warned[index] = after.phases[-1], notices(found.config, index, stream)
             packed[index] = stream.packings()
@@ -345,12 +361,13 @@ def plan_data(config: RunConfig) -> list[PlannedPhase]:
     for index, stream, after in plan_phases(found):
         lineage, said[index] = after, notices(found.config, index, stream)
     before = len(lineage.phases) - len(config.phases)
+    of_the_run = [*warnings, *packing_notice(found), *split_notice(found)]
     return [
         PlannedPhase(
             record=record,
             done=index < found.origin.phase,
             readings=readings(Lineage(phases=lineage.phases[: before + index + 1])),
-            notices=[*([*warnings, *split_notice(found)] if index == found.origin.phase else ()), *said.get(index, [])],
+            notices=[*(of_the_run if index == found.origin.phase else ()), *said.get(index, [])],
         )
         for index, record in enumerate(run_phases(lineage, config))
     ]

@@ -61,6 +61,7 @@ class LookAhead:
     def _walk(self) -> None:
         room = min(folder.cache.size for folder in self._remote.values()) // _PART_OF_CACHE
         asked: dict[tuple[int, int], int] = {}  # (source, shard): the last batch that was seen to need it
+        taken = 0  # bytes of these shards
         with ThreadPoolExecutor(_FETCHES, thread_name_prefix="megacl-fetch") as pool:
             budget = self._stream.record.budget_samples
             for first in range(self._first, budget - self._batch_size + 1, self._batch_size):
@@ -70,13 +71,15 @@ class LookAhead:
                 new = [key for key in needed if key not in asked]
                 for key in new:
                     pool.submit(self._fetch, *key)
+                    taken += self._size(*key)
                 asked |= dict.fromkeys(needed, first)
                 if not new:
                     self._stop.wait(_BREATH)
-                while sum(self._size(*key) for key in asked) > room and first > self._reached:
+                while taken > room and first > self._reached:
                     if self._stop.wait(_PAUSE):
                         break
                     asked = {key: last for key, last in asked.items() if last >= self._reached}
+                    taken = sum(self._size(*key) for key in asked)
                 if self._stop.is_set():
                     break
             pool.shutdown(cancel_futures=self._stop.is_set())

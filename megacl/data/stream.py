@@ -180,6 +180,23 @@ class PhaseStream:
         every = [self._own, *(replayed.own for replayed in self._replayed_phases)]
         return any(isinstance(cut, PackedSequences) for samples in every for cut in samples.cuts)
 
+    def scattered(self) -> Iterator[tuple[str | None, SourceRecord, int]]:
+        """(replayed phase or None, source, bytes) where neighbouring samples lie in any of so many bytes of shards."""
+        record = self.record
+        for source in record.sources_read:
+            if source.window is None:
+                yield None, source, int(self.source_of(source).train.sizes.sum())
+        if record.replay is None:
+            return
+        for replayed in self._replayed_phases:
+            earlier = self._lineage.phases[replayed.index]
+            for source in earlier.sources:
+                train = self.source_of(source).train
+                if source.window is None:
+                    yield earlier.name, source, int(train.sizes.sum())
+                elif record.replay.policy == "uniform":  # over all that was read, whatever windows it was read in
+                    yield earlier.name, source, int(train.sizes.sum() * min(1.0, source.tokens / train.tokens))
+
     def packings(self) -> list[str]:
         """How full the phase's own packed sequences are, a line a source."""
         every = [*self._own.cuts, *(self._replayed_sources.cuts if self._replayed_sources else ())]

@@ -3,6 +3,7 @@
 import http.server
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -496,3 +497,20 @@ def test_a_run_that_cannot_reach_its_store_hears_a_signal_before_it_begins(
         tree["sources"][name] = {"path": store.url}
     threading.Timer(1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
     assert train(from_tree(tree)) == "stopped"
+
+
+def test_the_dry_run_says_what_a_store_makes_costly(server: Server, prepared: Prepared, tmp_path: Path) -> None:
+    cache = {"path": str(tmp_path / "cache"), "size": "0.005 MB"}
+    tree = prepared.tree(tmp_path / "run", cache=cache)
+    for name, path in prepared.sources.items():
+        tree["sources"][name] = {"path": server.upload(path, f"bucket/dear-{name}"), "window": 1}
+    again = (
+        r"replays source 'english' of phase 'english' from a store in a permutation .* set replay.policy to original"
+    )
+    assert not re.search(again, "\n".join(plan_text(from_tree(tree))))
+    tree["phases"][1]["replay"]["policy"] = "uniform"
+    assert re.search(again, "\n".join(plan_text(from_tree(tree))))
+    first = "packing counts the rows of all its shards before the first step, so each machine fetches all"
+    assert first not in "\n".join(plan_text(from_tree(tree)))
+    tree |= {"packing": "best_fit", "boundaries": "attention", "cache": cache | {"size": "1 MB"}}
+    assert f"source 'german': {first}" in "\n".join(plan_text(from_tree(tree)))
