@@ -342,7 +342,7 @@ def sample(
         if json_output:
             print(json.dumps(dataclasses.asdict(read), ensure_ascii=False))
             continue
-        where = f"{read.source}, token {read.start:,}"
+        where = f"{read.source}, " + (f"packed row {read.row:,}" if read.start is None else f"token {read.start:,}")
         if read.replayed:
             where += f", replayed from {'phase ' + read.replayed_phase if read.replayed_phase else 'that source'}"
         print(f"--- step {read.step}, phase {read.phase}, sample {read.sample}: {where}")

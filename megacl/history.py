@@ -6,6 +6,7 @@
 Order is arithmetic, so that config.yaml, lineage.json and the sources are enough, for every phase that has begun.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
+from megacl.config import RunConfig
 from megacl.configfile import load
 from megacl.data.order import Int64
 from megacl.data.packing import PADDING
-from megacl.data.source import open_source
+from megacl.data.source import Source, open_source
+from megacl.data.store import ShardCache
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
-from megacl.errors import ConfigError
+from megacl.errors import ConfigError, DataError
 from megacl.lineage import Lineage, load_lineage
 from megacl.resume import shard_cache
 
@@ -37,8 +40,10 @@ class ReadSample:
     replayed_phase: str | None
     """The earlier phase whose sample it was; null where it is new, or replayed from a source by name."""
     source: str
-    start: int
-    """Where in the source's training stream its first token lies; cut anew, it may go on elsewhere."""
+    start: int | None
+    """Where in the source's training stream its first token lies; cut anew, it may go on elsewhere. Null: see `row`."""
+    row: int | None
+    """Which of the source's packed rows it is (data/packing.py); null where it is cut from the stream."""
     documents: list[str]
     """The text of its tokens, the one after the last that is read included, divided where documents end."""
 
@@ -59,18 +64,25 @@ def samples_of_steps(run_dir: Path, first: int, last: int) -> Iterator[ReadSampl
             f"{run_dir}: there are no steps {first} to {last}; the phases that have begun have steps 1 to {steps}."
         )
     cache = shard_cache(config)
-    known = [open_source(source.path, source.generation, source.since, cache) for source in config.sources.values()]
     tokenizer_of = functools.cache(load_tokenizer)
     before = 0
     for index, record in begun:
         since, until = max(first - before, 1), min(last - before, record.budget_steps)
         if since <= until:
             stream = PhaseStream(
-                Lineage(phases=lineage.phases[: index + 1]), lambda wanted: open_recorded(wanted, known, cache)
+                Lineage(phases=lineage.phases[: index + 1]),
+                lambda wanted: open_recorded(wanted, _configured(config, wanted.name, cache), cache),
             )
             for step in range(since, until + 1):
                 yield from _samples_of_step(stream, lineage, step, before + step, tokenizer_of)
         before += record.budget_steps
+
+
+def _configured(config: RunConfig, likely: str, cache: ShardCache | None) -> Iterator[Source]:
+    """The sources of a configuration as far as they are there, opened one by one, the likely one first."""
+    for _, source in sorted(config.sources.items(), key=lambda item: item[0] != likely):
+        with contextlib.suppress(DataError):  # said by open_recorded, if it is the one that is wanted
+            yield open_source(source.path, source.generation, source.since, cache)
 
 
 def _samples_of_step(
@@ -82,6 +94,8 @@ def _samples_of_step(
     located, tokens = stream.locate(samples), stream.read(samples)
     for row, sample in enumerate(samples.tolist()):
         source, phase = stream.sources[int(located.source[row])], int(located.phase[row])
+        packed = (lineage.phases[phase] if phase >= 0 else record).packing == "best_fit"
+        start = int(located.start[row])
         yield ReadSample(
             step=step_of_run,
             phase=record.name,
@@ -89,7 +103,8 @@ def _samples_of_step(
             replayed=bool(located.replayed[row]),
             replayed_phase=lineage.phases[phase].name if located.replayed[row] and phase >= 0 else None,
             source=names[source.fingerprint],
-            start=int(located.start[row]),
+            start=None if packed else start,
+            row=start if packed else None,
             documents=_documents(tokens[row], tokenizer_of(source.tokenizer_file)),
         )
 

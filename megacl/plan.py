@@ -180,7 +180,7 @@ def _fetched_again(stream: PhaseStream) -> Iterator[str]:
 def _end_of(config: RunConfig, index: int, record: PhaseRecord) -> str:
     """Where a phase ends early, for which sources, and which changes of its mixture are not reached."""
     phase, steps = config.phases[index], config.steps_of(config.phases[index])
-    mixed, unreached = [*phase.mixture], []
+    mixed, unreached = [*phase.mixture], list[int]()
     for change in phase.mixture_changes:
         per_step = config.tokens_per_step(phase)
         at = math.ceil(length_in_steps(change.at, phase_steps=steps, tokens_per_step=per_step))

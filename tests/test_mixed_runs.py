@@ -1,6 +1,7 @@
 """Runs whose mixture changes, whose sources run out and whose past is replayed: planned, trained, read back."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from runs import command_line, last_state, losses, metrics
 
 from megacl.checkpoint import list_checkpoints
 from megacl.configfile import from_tree
+from megacl.data.packing import PADDING, PackedSequences
 from megacl.data.source import open_source
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.data.tokenizer import load_tokenizer
@@ -270,3 +272,31 @@ def test_the_padding_of_packed_rows_is_no_text(prepared: Prepared, tmp_path: Pat
     status, out, _ = command_line(capsys, "data", "sample", str(tmp_path / "run"), "--steps", "1", "--limit", "20")
     assert status == 0
     assert out.count("--- step 1, phase p, sample ") == 20
+    assert out.count(": english, packed row ") == 20
+    status, out, _ = command_line(capsys, "data", "sample", str(tmp_path / "run"), "--steps", "1", "--json")
+    source = open_source(prepared.sources["english"])
+    sequences = PackedSequences(source, 32, 0)
+    for read in map(json.loads, out.splitlines()):
+        assert read["start"] is None
+        tokens = sequences.read(np.array([read["row"]]))[0]
+        text = load_tokenizer(prepared.tokenizer).decode(tokens[tokens != PADDING])
+        assert "".join(read["documents"]).replace(" ", "") == text.replace(" ", "")
+
+
+def test_text_is_shown_where_a_source_that_was_not_read_is_gone(
+    prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    for name, path in prepared.sources.items():
+        shutil.copytree(path, tmp_path / name)
+    phase = {"name": "p", "mixture": {"english": 1}, "steps": 1, "schedule": {"kind": "constant", "max_lr": 1e-3}}
+    sources = {name: {"path": str(tmp_path / name)} for name in prepared.sources}
+    assert train(from_tree(tree(prepared, tmp_path / "run", phases=[phase], sources=sources))) == "done"
+    shutil.rmtree(tmp_path / "german")
+    capsys.readouterr()
+    status, out, _ = command_line(capsys, "data", "sample", str(tmp_path / "run"), "--steps", "1")
+    assert status == 0
+    assert ": english, token " in out
+    shutil.rmtree(tmp_path / "english")
+    status, _, err = command_line(capsys, "data", "sample", str(tmp_path / "run"), "--steps", "1")
+    assert status == 2
+    assert "the model's history reads source 'english'" in err
