@@ -18,9 +18,10 @@ import numpy as np
 
 from megacl.checkpoint import list_checkpoints
 from megacl.data.generations import FolderState
-from megacl.data.manifest import Hashes, ShardList, ShardRow
+from megacl.data.manifest import Hashes
 from megacl.data.order import Int64
 from megacl.data.remove import Matches
+from megacl.data.shard_list import ShardList, ShardRow
 from megacl.data.shards import open_documents
 from megacl.data.source import Source, TokenStream
 from megacl.data.stream import PhaseStream, open_recorded

@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megacl"
 LEVELS = [
     "megacl errors publish stopping config config_phase configfile data.__init__ model.__init__ model.config",
     "log schedules lineage kernels parallel "
-    "data.manifest data.store data.shards data.source data.verify data.inputs data.forms data.documents data.megatron "
+    "data.manifest data.shard_list "
+    "data.store data.shards data.source data.verify data.inputs data.forms data.documents data.megatron "
     "data.portions data.workers data.boundaries data.units data.tokenizer data.tokenizer_training data.order",
     "data.blocks data.tasks data.generations data.joining data.prepare "
     "data.rewrite data.duplicates data.remove data.near data.dedup data.overview data.export "

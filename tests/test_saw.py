@@ -13,8 +13,9 @@ from runs import command_line
 from streams import begin, finish, phase_config
 
 from megacl.data.generations import Change, FolderState, changing, open_state, publish_generation
-from megacl.data.manifest import ShardList, TokenizerRecord
+from megacl.data.manifest import TokenizerRecord
 from megacl.data.remove import Wanted, find_documents, remove_documents
+from megacl.data.shard_list import ShardList
 from megacl.data.shards import join_documents, write_shard
 from megacl.data.source import Source, open_source
 from megacl.errors import DataError

@@ -25,7 +25,8 @@ from pydantic import TypeAdapter
 from megacl.data.documents import Block, read_segment
 from megacl.data.forms import Document
 from megacl.data.forms.reading import Reading
-from megacl.data.manifest import InputFile, ShardRow, Split
+from megacl.data.manifest import InputFile
+from megacl.data.shard_list import ShardRow, Split
 from megacl.data.shards import Tokens, hash_of, held_out_below, join_documents, token_dtype, write_shard
 from megacl.data.tokenizer import load_tokenizer
 from megacl.data.workers import run_on_workers

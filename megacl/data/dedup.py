@@ -22,9 +22,9 @@ import numpy as np
 
 from megacl.data.duplicates import hashes_of, is_known, is_repeated
 from megacl.data.generations import CHANGE_WORK, Change, FolderState, open_state, publish_generation
-from megacl.data.manifest import DTypeName, ShardList, ShardRow
 from megacl.data.near import PERMUTATIONS, SHINGLE_WORDS, Signatures, is_near, load_minhash, sign
-from megacl.data.rewrite import Mask, without_documents
+from megacl.data.rewrite import without_documents
+from megacl.data.shard_list import DTypeName, Mask, ShardList, ShardRow
 from megacl.data.shards import open_documents
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.data.workers import run_on_workers

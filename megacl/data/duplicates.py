@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megacl.data.manifest import DTypeName, Hashes, ShardList
-from megacl.data.rewrite import Mask
+from megacl.data.manifest import Hashes
+from megacl.data.shard_list import DTypeName, Mask, ShardList
 from megacl.data.shards import open_documents
 
 _PART_BITS = 4

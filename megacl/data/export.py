@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megacl.data.manifest import Split
 from megacl.data.megatron import Ids, write_megatron
+from megacl.data.shard_list import Split
 from megacl.data.source import TokenStream, open_source
 from megacl.errors import DataError
 

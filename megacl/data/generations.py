@@ -25,26 +25,21 @@ from megacl.data.manifest import (
     INPUTS,
     MANIFEST,
     REMOVED,
-    SHARDS,
     VERSION,
-    DTypeName,
     Generation,
     Hashes,
     InputFile,
     MadeBy,
     Manifest,
-    ShardList,
-    Split,
     TokenizerRecord,
     no_manifest,
     parse_manifest,
-    parse_shards,
     publish_manifest,
     read_inputs,
     read_manifest,
     read_removed,
-    read_shards,
 )
+from megacl.data.shard_list import SHARDS, DTypeName, ShardList, Split, parse_shards, read_shards
 from megacl.errors import DataError
 from megacl.publish import (
     alone_in,

@@ -27,7 +27,8 @@ from pathlib import Path
 
 from megacl.data.forms import FORMS_TEXT, RawFile, check_unchanged, disk_named, form_of, measure
 from megacl.data.forms.reading import Reading
-from megacl.data.manifest import SHARDS, InputFile
+from megacl.data.manifest import InputFile
+from megacl.data.shard_list import SHARDS
 from megacl.errors import DataError
 from megacl.publish import disk_errors
 

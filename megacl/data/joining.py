@@ -6,7 +6,8 @@ from pathlib import Path
 
 from megacl.data.generations import PREPARE_WORK, SHARD_NAME, FolderState, open_state
 from megacl.data.inputs import STANDARD_INPUT
-from megacl.data.manifest import MANIFEST, Generation, InputFile, ShardList, TokenizerRecord, read_inputs
+from megacl.data.manifest import MANIFEST, Generation, InputFile, TokenizerRecord, read_inputs
+from megacl.data.shard_list import ShardList
 from megacl.data.shards import token_dtype
 from megacl.data.tasks import Command
 from megacl.data.tokenizer import Tokenizer

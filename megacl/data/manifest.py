@@ -1,95 +1,51 @@
 """What a data folder holds: manifest.json (small), shards.arrow (a row a shard), inputs.arrow and removed.arrow.
 
-docs/data.md describes them to the byte. In short: a row of shards.arrow says in which generation its shard came and in
-which one it went, if it did; generation N is the rows that had come and not gone by then, in their order. So preparing
-more files or removing documents makes a generation and leaves the earlier ones as they were. The manifest is published
-last, so rows of a generation that it does not count are those of a command that was interrupted; readers never look at
-them. Only commands that change a folder read inputs.arrow and removed.arrow.
-
-A list of 100,000 shards stays in Arrow's columns: what a reader needs of it is a few arrays, not objects.
+docs/data.md describes them to the byte; data/shard_list.py has the list of shards. Preparing more files or removing
+documents makes a generation and leaves the earlier ones as they were. The manifest is published last, so rows of a
+generation that it does not count are those of a command that was interrupted; readers never look at them. Only commands
+that change a folder read inputs.arrow and removed.arrow.
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megacl.data.shard_list import (
+    SHARDS,
+    STRICT,
+    Count,
+    DTypeName,
+    ShardList,
+    Totals,
+    dump_table,
+    parse_table,
+    table_schema,
+)
 from megacl.errors import DataError
 from megacl.publish import publish_bytes, publish_text
 
 FORMAT: Literal["megacl-data"] = "megacl-data"
 VERSION: Literal[2] = 2
 MANIFEST = "manifest.json"
-SHARDS = "shards.arrow"
 INPUTS = "inputs.arrow"
 REMOVED = "removed.arrow"
 
-Split = Literal["train", "validation"]
-DTypeName = Literal["uint16", "uint32"]
 MadeBy = Literal["prepare", "remove", "dedup"]
-Count = Annotated[int, Field(ge=0)]
 Hashes = npt.NDArray[np.uint64]
 """The first 8 bytes of BLAKE2b (with a digest of 8 bytes) of documents' texts in UTF-8, as big-endian numbers."""
-Chosen = npt.NDArray[np.int64]
-"""Numbers of rows, in order."""
 
-_STRICT = ConfigDict(extra="forbid")
-_REMEDY = "Restore it from a copy, or prepare the folder again."
+_INPUT_SCHEMA = table_schema(name=pa.string(), size=pa.int64(), sha256=pa.binary(32), generation=pa.int32())
+_REMOVED_SCHEMA = table_schema(hash=pa.uint64(), generation=pa.int32())
 
 
-def _schema(**columns: Any) -> Any:
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
-
-
-_ROW_SCHEMA = _schema(
-    path=pa.string(),
-    split=pa.string(),
-    documents=pa.int64(),
-    tokens=pa.int64(),
-    text_bytes=pa.int64(),
-    size=pa.int64(),
-    offset=pa.int64(),
-    sha256=pa.binary(32),
-    added=pa.int32(),
-    removed=pa.int32(),
-)
-_INPUT_SCHEMA = _schema(name=pa.string(), size=pa.int64(), sha256=pa.binary(32), generation=pa.int32())
-_REMOVED_SCHEMA = _schema(hash=pa.uint64(), generation=pa.int32())
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ShardRow:
-    """One shard: where it lies, what it holds, and what its file must look like."""
-
-    path: str  # relative to the data folder
-    split: Split
-    documents: Count
-    tokens: Count  # every document's EOS included
-    text_bytes: Count  # UTF-8 bytes of the raw text
-    size: Count  # bytes of the file
-    offset: Count  # byte offset of the token values in the file
-    sha256: str
-    added: Count = 0  # the generation in which it came; 0: none yet
-    removed: Count = 0  # the generation in which it went; 0: none so far
-
-
-@dataclass(frozen=True, config=_STRICT)
-class Totals:
-    """Sums over the shards of one split in one generation."""
-
-    documents: Count
-    tokens: Count
-    text_bytes: Count
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class InputFile:
     """A raw input as it was when it was read: its name as given, its bytes, and their hash."""
 
@@ -99,7 +55,7 @@ class InputFile:
     generation: Count = 0  # the generation that it was added by; 0: none yet
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Generation:
     """One state of the folder, and how it came about. Counts of shards and totals are over the whole state."""
 
@@ -116,7 +72,7 @@ class Generation:
     purged_by: Count = 0  # the generation that deleted shards of this one from the disk; 0: all are there
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TokenizerRecord:
     """The tokenizer that all shards of the folder were made with; its file lies in the folder."""
 
@@ -126,7 +82,7 @@ class TokenizerRecord:
     eos_id: Count
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Manifest:
     """The content of manifest.json."""
 
@@ -154,138 +110,6 @@ class Manifest:
                 f"by generation {state.purged_by}. Name generation {state.purged_by} or a later one."
             )
         return state
-
-
-class ShardList:
-    """Rows of shards.arrow, in order, as columns. It pickles, so that one process can read it for others."""
-
-    def __init__(self, table: Any, chosen: Chosen | None = None) -> None:
-        """table: a pyarrow Table of shards.arrow's columns. chosen: which of its rows these are; None: all."""
-        self._table = table.combine_chunks()
-        self._chosen = chosen
-
-    @classmethod
-    def of_rows(cls, rows: Sequence[ShardRow]) -> "ShardList":
-        """The list of some rows."""
-        trees = [{**vars(row), "sha256": bytes.fromhex(row.sha256)} for row in rows]
-        trees = [{name: tree[name] for name in _ROW_SCHEMA.names} for tree in trees]
-        return cls(pa.Table.from_pylist(trees, schema=_ROW_SCHEMA))
-
-    @classmethod
-    def concat(cls, lists: Sequence["ShardList"]) -> "ShardList":
-        """The rows of some lists, behind one another."""
-        return cls(pa.concat_tables([_ROW_SCHEMA.empty_table(), *(each._whole() for each in lists)]))
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows) if self._chosen is None else len(self._chosen)
-
-    def __iter__(self) -> Iterator[ShardRow]:
-        return (self.row(index) for index in range(len(self)))
-
-    def row(self, index: int) -> ShardRow:
-        """One row."""
-        if self._chosen is not None:
-            index = int(self._chosen[index])
-        tree = {name: self._table.column(name)[index].as_py() for name in _ROW_SCHEMA.names}
-        return ShardRow(**{**tree, "sha256": tree["sha256"].hex()})
-
-    def numbers(self, column: str) -> npt.NDArray[Any]:
-        """A column of integers, int64 or int32 [rows]; a view where these are all rows of the file."""
-        array = self._array(column)
-        return self._rows_of(array, 1, np.dtype(f"int{array.type.bit_width}"))
-
-    def _array(self, column: str) -> Any:
-        chunks = self._table.column(column).chunks
-        return chunks[0] if chunks else pa.array([], self._table.schema.field(column).type)
-
-    def _rows_of(self, array: Any, buffer: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """One of an Arrow array's buffers as far as it belongs to these rows: [rows]."""
-        if not len(array):
-            return np.empty(0, dtype)
-        values = np.frombuffer(array.buffers()[buffer], dtype, len(array), array.offset * dtype.itemsize)
-        return values if self._chosen is None else values[self._chosen]
-
-    def paths(self) -> list[str]:
-        """The column of paths."""
-        found: list[str] = self._whole().column("path").to_pylist()
-        return found
-
-    def held_out(self) -> npt.NDArray[np.bool_]:
-        """Which rows are of the validation split: bool [rows]."""
-        # The first letters of the strings, since comparing strings would import pyarrow.compute: 170 ms.
-        array = self._array("split")
-        if not len(array):
-            return np.empty(0, np.bool_)
-        letters = np.frombuffer(array.buffers()[2], np.uint8)
-        return np.asarray(letters[self._rows_of(array, 1, np.dtype(np.int32))] == ord("v"))
-
-    def where(self, mask: npt.NDArray[np.bool_]) -> "ShardList":
-        """The rows of a mask, bool [rows]."""
-        return self if mask.all() else self.take(np.flatnonzero(mask))
-
-    def take(self, indices: npt.NDArray[np.int64]) -> "ShardList":
-        """Some rows, in the order of the indices, int64 [N]."""
-        # Not Table.take, which would import pyarrow.compute too.
-        return ShardList(self._table, indices if self._chosen is None else self._chosen[indices])
-
-    def replaced(self, **columns: Any) -> "ShardList":
-        """The rows with other values in some columns: a value a row, or one value for all."""
-        table = self._whole()
-        for name, values in columns.items():
-            position, kind = _ROW_SCHEMA.get_field_index(name), _ROW_SCHEMA.field(name)
-            if np.isscalar(values):
-                values = np.full(len(self), values)
-            table = table.set_column(position, kind, pa.array(values, kind.type))
-        return ShardList(table)
-
-    def at(self, generation: int, since: int = 0) -> "ShardList":
-        """The rows of a generation; with `since` only those of them that came after that earlier generation."""
-        return self.where(self.is_at(generation) & (self.numbers("added") > since))
-
-    def is_at(self, generation: int) -> npt.NDArray[np.bool_]:
-        """Which rows are of a generation: bool [rows]."""
-        added, removed = self.numbers("added"), self.numbers("removed")
-        return np.asarray((added <= generation) & ((removed == 0) | (removed > generation)))
-
-    def until(self, generation: int) -> "ShardList":
-        """The rows of all generations up to one, as they were then: what a command that makes the next one builds on.
-
-        What an interrupted command wrote for a later generation is taken back.
-        """
-        kept = self.where(self.numbers("added") <= generation)
-        removed = kept.numbers("removed")
-        return kept.replaced(removed=np.where(removed > generation, 0, removed))
-
-    def split(self, split: Split) -> "ShardList":
-        """The rows of one split."""
-        held_out = self.held_out()
-        return self.where(held_out if split == "validation" else ~held_out)
-
-    def totals(self, split: Split) -> Totals:
-        """Sums over the rows of one split."""
-        chosen = self.held_out() == (split == "validation")
-        return Totals(**{name: int(self.numbers(name)[chosen].sum()) for name in ("documents", "tokens", "text_bytes")})
-
-    def fingerprint(self, tokenizer: str, dtype: DTypeName) -> str:
-        """Hexadecimal SHA-256 over what a token stream is made of.
-
-        tokenizer: the tokenizer's fingerprint. Names of files and the inputs' names have no part in it, nor have
-        generations, so the same text prepared in two places has one fingerprint.
-        """
-        facts = [("split", "u1"), ("documents", "<i8"), ("tokens", "<i8"), ("sha256", "V32")]  # 49 bytes, no gaps
-        records = np.empty(len(self), np.dtype(facts))
-        records["split"] = self.held_out()
-        records["documents"], records["tokens"] = self.numbers("documents"), self.numbers("tokens")
-        records["sha256"] = self._rows_of(self._array("sha256"), 1, np.dtype("V32"))
-        return hashlib.sha256(f"{tokenizer}\n{dtype}\n".encode() + records.tobytes()).hexdigest()
-
-    def dump(self) -> bytes:
-        """The content of shards.arrow."""
-        return _dump(self._whole())
-
-    def _whole(self) -> Any:
-        """A table of these rows alone."""
-        return self._table if self._chosen is None else self._table.take(pa.array(self._chosen))
 
 
 _MANIFEST = TypeAdapter(Manifest)
@@ -330,29 +154,9 @@ def parse_manifest(content: bytes, file: Path | str) -> Manifest:
     )
 
 
-def read_shards(folder: Path) -> ShardList:
-    """All rows of shards.arrow, mapped. DataError if it is missing or damaged."""
-    try:
-        with pa.memory_map(str(folder / SHARDS)) as opened:
-            return parse_shards(opened.read_buffer(), folder / SHARDS)
-    except (FileNotFoundError, pa.ArrowInvalid):  # of no bytes at all there is no map
-        return parse_shards(b"" if (folder / SHARDS).exists() else None, folder / SHARDS)
-    except OSError:
-        return parse_shards(b"", folder / SHARDS)
-
-
-def parse_shards(content: Any, file: Path | str) -> ShardList:
-    """The rows in the content of shards.arrow; None stands for a file that is missing."""
-    shards = ShardList(_parse(content, _ROW_SCHEMA, file, "the list of shards"))
-    counts = ("documents", "tokens", "text_bytes", "size", "offset", "added", "removed")
-    if any((shards.numbers(name) < 0).any() for name in counts):
-        raise DataError(f"{file}: the list of shards is damaged: it has a negative count. {_REMEDY}")
-    return shards
-
-
 def read_inputs(folder: Path, generation: int) -> tuple[InputFile, ...]:
     """The raw inputs of generations 1 to `generation`, in order. DataError if inputs.arrow is missing or damaged."""
-    table = _parse(_content(folder / INPUTS), _INPUT_SCHEMA, folder / INPUTS, "the list of inputs")
+    table = parse_table(_content(folder / INPUTS), _INPUT_SCHEMA, folder / INPUTS, "the list of inputs")
     rows = (InputFile(**{**tree, "sha256": tree["sha256"].hex()}) for tree in table.to_pylist())
     return tuple(row for row in rows if row.generation <= generation)
 
@@ -377,7 +181,7 @@ def read_removed(folder: Path, generations: Sequence[Generation]) -> Removed:
     """
     if not (folder / REMOVED).exists() and all(each.made_by != "remove" for each in generations):
         return Removed()
-    table = _parse(_content(folder / REMOVED), _REMOVED_SCHEMA, folder / REMOVED, "the list of removed documents")
+    table = parse_table(_content(folder / REMOVED), _REMOVED_SCHEMA, folder / REMOVED, "the list of removed documents")
     numbers = np.array(table.column("generation").to_pylist(), np.int32)
     kept = numbers <= len(generations)
     return Removed(np.array(table.column("hash").to_pylist(), np.uint64)[kept], numbers[kept])
@@ -390,25 +194,6 @@ def _content(file: Path) -> bytes | None:
         return None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}.") from None
-
-
-def _parse(content: Any, schema: Any, file: Path | str, what: str) -> Any:
-    if content is None:
-        raise DataError(f"{file}: {what} is missing. {_REMEDY}")
-    try:
-        table = pa.ipc.open_stream(content).read_all()
-    except (pa.ArrowException, OSError):
-        table = None
-    if table is None or not table.schema.equals(schema):
-        raise DataError(f"{file}: {what} is damaged. {_REMEDY}")
-    return table
-
-
-def _dump(table: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
 
 
 def publish_manifest(
@@ -425,10 +210,10 @@ def publish_manifest(
     """
     trees = [{**vars(each), "sha256": bytes.fromhex(each.sha256)} for each in inputs]
     trees = [{name: tree[name] for name in _INPUT_SCHEMA.names} for tree in trees]
-    publish_bytes(folder / INPUTS, _dump(pa.Table.from_pylist(trees, schema=_INPUT_SCHEMA)), "the list of inputs")
+    publish_bytes(folder / INPUTS, dump_table(pa.Table.from_pylist(trees, schema=_INPUT_SCHEMA)), "the list of inputs")
     if removed is not None and len(removed.hashes):
         table = pa.table([pa.array(removed.hashes), pa.array(removed.generations)], schema=_REMOVED_SCHEMA)
-        publish_bytes(folder / REMOVED, _dump(table), "the list of removed documents")
+        publish_bytes(folder / REMOVED, dump_table(table), "the list of removed documents")
     publish_bytes(folder / SHARDS, shards.dump(), "the list of shards")
     content: Any = _MANIFEST.dump_json(manifest, indent=2)
     publish_text(folder / MANIFEST, str(content, "utf-8") + "\n", "the manifest")

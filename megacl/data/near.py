@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megacl.data.rewrite import Mask
+from megacl.data.shard_list import Mask
 from megacl.errors import LaunchError
 
 Signatures = npt.NDArray[np.uint32]

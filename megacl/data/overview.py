@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from megacl.data.generations import open_state
-from megacl.data.manifest import Generation, InputFile, Manifest, ShardList, read_inputs
+from megacl.data.manifest import Generation, InputFile, Manifest, read_inputs
+from megacl.data.shard_list import ShardList
 from megacl.data.shards import open_documents
 from megacl.data.tokenizer import load_tokenizer
 

@@ -46,15 +46,9 @@ from megacl.data.generations import (
 )
 from megacl.data.inputs import STANDARD_INPUT, find_inputs, identify, keep_standard_input, refuse_twice
 from megacl.data.joining import check_held_out, made_already, open_folder
-from megacl.data.manifest import (
-    Generation,
-    ShardList,
-    Totals,
-    no_manifest,
-    read_manifest,
-    read_removed,
-)
-from megacl.data.rewrite import Mask, rewrite_shards
+from megacl.data.manifest import Generation, no_manifest, read_manifest, read_removed
+from megacl.data.rewrite import rewrite_shards
+from megacl.data.shard_list import Mask, ShardList, Totals
 from megacl.data.tasks import (
     COMMAND_FOLDER,
     Command,

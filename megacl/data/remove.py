@@ -26,8 +26,9 @@ import numpy.typing as npt
 from megacl.data.documents import read_documents
 from megacl.data.forms.reading import Reading
 from megacl.data.generations import CHANGE_WORK, PREPARE_WORK, Change, FolderState, publish_generation
-from megacl.data.manifest import DTypeName, Hashes, ShardRow, read_removed
+from megacl.data.manifest import Hashes, read_removed
 from megacl.data.rewrite import without_documents
+from megacl.data.shard_list import DTypeName, ShardRow
 from megacl.data.shards import hash_of, open_documents
 from megacl.data.tokenizer import load_tokenizer
 from megacl.data.workers import run_on_workers

@@ -15,12 +15,11 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from megacl.data.generations import CHANGE_WORK, FolderState
-from megacl.data.manifest import DTypeName, ShardList, ShardRow
+from megacl.data.shard_list import DTypeName, Mask, ShardList, ShardRow
 from megacl.data.shards import open_documents, write_shard
 from megacl.data.workers import run_on_workers
 from megacl.publish import publish_text
 
-Mask = npt.NDArray[np.bool_]
 _Task = tuple[int, ShardRow, Mask]
 _ROW = TypeAdapter(ShardRow)
 

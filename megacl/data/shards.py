@@ -22,12 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from megacl.data.manifest import (
-    DTypeName,
-    Hashes,
-    ShardRow,
-    Split,
-)
+from megacl.data.manifest import Hashes
+from megacl.data.shard_list import DTypeName, ShardRow, Split
 from megacl.data.store import RemoteFolder
 from megacl.errors import DataError
 from megacl.publish import publish_bytes

@@ -19,18 +19,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megacl.data.manifest import (
-    MANIFEST,
-    SHARDS,
-    DTypeName,
-    Generation,
-    Manifest,
-    ShardList,
-    parse_manifest,
-    parse_shards,
-    read_manifest,
-    read_shards,
-)
+from megacl.data.manifest import MANIFEST, Generation, Manifest, parse_manifest, read_manifest
+from megacl.data.shard_list import SHARDS, DTypeName, ShardList, parse_shards, read_shards
 from megacl.data.shards import Documents, Tokens, open_documents
 from megacl.data.store import OPEN_FETCHED, RemoteFolder, ShardCache, is_url
 from megacl.errors import DataError

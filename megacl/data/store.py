@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from megacl.data.manifest import ShardRow
+from megacl.data.shard_list import ShardRow
 from megacl.errors import DataError, StoppedError
 from megacl.publish import disk_errors, publish_bytes
 

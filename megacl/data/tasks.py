@@ -21,8 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 from megacl.data.blocks import Recipe, prepare_blocks
 from megacl.data.documents import Block, cut_portions_ahead
 from megacl.data.forms import RawFile, measure
-from megacl.data.manifest import SHARDS, InputFile, ShardList, parse_shards
+from megacl.data.manifest import InputFile
 from megacl.data.portions import cut_portions, portions_of_task
+from megacl.data.shard_list import SHARDS, ShardList, parse_shards
 from megacl.data.tokenizer import Tokenizer
 from megacl.errors import DataError
 from megacl.publish import publish_bytes, publish_text

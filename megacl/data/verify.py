@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megacl.data.manifest import Manifest, ShardList, ShardRow, read_inputs, read_manifest, read_removed, read_shards
+from megacl.data.manifest import Manifest, read_inputs, read_manifest, read_removed
+from megacl.data.shard_list import ShardList, ShardRow, read_shards
 from megacl.data.shards import held_out_below, open_documents
 from megacl.errors import DataError
 from megacl.publish import sha256_of

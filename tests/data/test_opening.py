@@ -10,15 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from megacl.configfile import from_tree
-from megacl.data.manifest import (
-    Generation,
-    Manifest,
-    ShardList,
-    ShardRow,
-    TokenizerRecord,
-    publish_manifest,
-)
+from megacl.data.manifest import Generation, Manifest, TokenizerRecord, publish_manifest
 from megacl.data.prepare import prepare
+from megacl.data.shard_list import ShardList, ShardRow
 from megacl.data.source import open_source
 from megacl.data.stream import open_recorded
 from megacl.data.tokenizer import load_tokenizer

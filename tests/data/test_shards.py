@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacl.data.manifest import Generation, Manifest, ShardList, ShardRow, TokenizerRecord, publish_manifest
+from megacl.data.manifest import Generation, Manifest, TokenizerRecord, publish_manifest
+from megacl.data.shard_list import ShardList, ShardRow
 from megacl.data.shards import join_documents, token_dtype, write_shard
 from megacl.data.source import TokenStream, open_source
 from megacl.data.verify import verify_source

@@ -21,7 +21,8 @@ from pyarrow import fs
 from megacl.checkpoint import find_checkpoint, open_checkpoint
 from megacl.configfile import from_tree
 from megacl.data.loader import Loader
-from megacl.data.manifest import Generation, Manifest, ShardList, TokenizerRecord, publish_manifest
+from megacl.data.manifest import Generation, Manifest, TokenizerRecord, publish_manifest
+from megacl.data.shard_list import ShardList
 from megacl.data.shards import join_documents, write_shard
 from megacl.data.source import Source, _open_fetched, open_source
 from megacl.data.store import ShardCache

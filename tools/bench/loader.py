@@ -33,11 +33,12 @@ import numpy as np
 
 from megacl.config_phase import ConstantSchedule, PhaseConfig
 from megacl.data.loader import Loader
-from megacl.data.manifest import Generation, Manifest, ShardList, ShardRow, TokenizerRecord, publish_manifest
+from megacl.data.manifest import Generation, Manifest, TokenizerRecord, publish_manifest
 from megacl.data.megatron import write_megatron
 from megacl.data.order import Int64, WindowedOrder, permuted
 from megacl.data.planning import plan_phase
 from megacl.data.sequences import build_sequences
+from megacl.data.shard_list import ShardList, ShardRow
 from megacl.data.shards import Documents, write_shard
 from megacl.data.source import Source, open_source
 from megacl.data.stream import PhaseStream
