@@ -6,8 +6,9 @@
         for segment in block:
             texts = list(read_segment(segment, reading))
 
-A block is about `block_bytes` of consecutive input, over several files where they are small. How inputs are cut depends
-on the inputs, the reading and block_bytes alone. megacl/data/forms says what the forms are and how each is cut.
+A block is about `block_bytes` of consecutive input, over several files where they are small; how many bytes that is
+follows from the size of the inputs, so that small ones keep many workers busy too. How inputs are cut depends on the
+inputs, the reading and block_bytes alone. megacl/data/forms says what the forms are and how each is cut.
 
 Memory: a segment is read a few MB at a time. A very long document takes three times its length while it is read, and
 six times at most where it has a character beyond U+FFFF, since Python then holds 4 bytes for each (measured: 570 MB
@@ -37,8 +38,9 @@ from megacl.data.forms.reading import Reading
 from megacl.data.inputs import STANDARD_INPUT, find_inputs, identify
 from megacl.errors import DataError
 
-BLOCK_BYTES = 32 * 2**20
-"""Bytes of documents in one block; it becomes one shard, and bounds what a worker holds in memory."""
+LEAST_BLOCK_BYTES, BLOCK_BYTES = 2**20, 2**25
+"""Bytes of documents in one block, at least and at most; it becomes one shard, and bounds what a worker holds."""
+_BLOCKS = 64
 
 Block = tuple[Segment, ...]
 
@@ -56,6 +58,11 @@ class _Form(Protocol):
 
 
 _FORMS: dict[Form, _Form] = {"jsonl": lines, "txt": lines, "parquet": tables, "arrow": tables, "megatron": tokens}
+
+
+def block_bytes_of(files: Sequence[RawFile]) -> int:
+    """How large the blocks of some inputs are to be: there are about 64 of them, or more of the largest size."""
+    return min(max(sum(file.size for file in files) // _BLOCKS, LEAST_BLOCK_BYTES), BLOCK_BYTES)
 
 
 def cut_blocks(files: Sequence[RawFile], reading: Reading, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from megacl.data.blocks import Recipe
-from megacl.data.documents import BLOCK_BYTES
+from megacl.data.documents import block_bytes_of
 from megacl.data.duplicates import hashes_of, is_known, is_repeated
 from megacl.data.forms import RawFile
 from megacl.data.forms.reading import Reading
@@ -98,7 +98,7 @@ def prepare(
     task: tuple[int, int] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
 ) -> PrepareReport:
     """Tokenizes raw documents into a data folder, as a new generation if the folder has one already.
 
@@ -111,8 +111,9 @@ def prepare(
     data folders hold, for training or held out. task: (I, N) does share I of N, counted from 1, and publishes nothing;
     it may run while other tasks of the same command do, and `merge` publishes what all of them did. workers: processes;
     by default one for each core that this process may use. progress: called with the bytes of input done and in all.
-    block_bytes: input that becomes one shard. A command that has been carried out already does nothing; input files are
-    known by their whole content, under any name, which is read once for that before all else.
+    block_bytes: input that becomes one shard; by default it follows from the size of all inputs. A command that has
+    been carried out already does nothing; input files are known by their whole content, under any name, which is read
+    once for that before all else.
 
     ConfigError: validation, task or workers out of range, source or field not UTF-8. DataError: the inputs, a line of
     them, the folder or the disk; fewer than 20 held-out documents in the whole folder. LaunchError: a worker was
@@ -153,7 +154,7 @@ def prepare(
             validation=validation,
             settings={**reading.settings, **_dedup_settings(dedup, against)},
             skip_bad=skip_bad,
-            block_bytes=block_bytes,
+            block_bytes=block_bytes or block_bytes_of(found.files),
             dedup=dedup or bool(against),
             against=against,
             inputs=digest_of_files(found.files),

@@ -164,15 +164,18 @@ class SentencePieceTokenizer(Tokenizer):
     @cached_property
     def _encode(self) -> Callable[[Iterable[str]], list[npt.NDArray[np.uint32]]]:
         # One thread: prepare runs a process a core.
-        encode = partial(self._model.encode, num_threads=1)
+        def encode_whole(texts: list[str], model: Any = self._model) -> list[npt.NDArray[np.uint32]]:
+            return [ids.view(np.uint32) for ids in model.encode(texts, num_threads=1, return_type="numpy")]
+
         adds_space = boundaries.adds_space_in_front(self._content)
         later = _load_sentencepiece(boundaries.without_space_in_front(self._content)) if adds_space else self._model
-        encode_later = partial(later.encode, num_threads=1)
         cuts = boundaries.of_sentencepiece(self._model)
         if cuts is None:
             # A space at the beginning, which some models remove, stays when it is written in their own way.
-            return WholeEncoder(encode, lambda texts: encode_later([re.sub("^ ", _SPACE, text) for text in texts]))
-        encode_units = UnitEncoder(cuts, encode_later)
+            return WholeEncoder(
+                encode_whole, lambda texts: encode_whole([re.sub("^ ", _SPACE, text) for text in texts], later)
+            )
+        encode_units = UnitEncoder(cuts, partial(later.encode, num_threads=1))  # lists: units are short
         front = " " if adds_space else ""
         return lambda texts: encode_units((text and front + text).replace(_SPACE, " ") for text in texts)
 

@@ -131,27 +131,27 @@ class WholeEncoder:
 
     def __init__(
         self,
-        encode: Callable[[list[str]], Iterable[Sequence[int]]],
-        encode_later: Callable[[list[str]], Iterable[Sequence[int]]],
+        encode: Callable[[list[str]], Iterable[Sequence[int] | Ids]],
+        encode_later: Callable[[list[str]], Iterable[Sequence[int] | Ids]],
     ) -> None:
         self._encode = encode
         self._encode_later = encode_later
 
     def __call__(self, texts: Iterable[str]) -> list[Ids]:
-        """The ids of each text, uint32 [length]."""
+        """The ids of each text, uint32 [length], which may be read-only."""
         found: list[Ids] = []
         for group in _groups(texts):
             begun = self._encode([text[: _end_of_part(text, 0)] for text in group])
             found += [self._with_rest(text, ids) for text, ids in zip(group, begun, strict=True)]
         return found
 
-    def _with_rest(self, text: str, begun: Sequence[int]) -> Ids:
+    def _with_rest(self, text: str, begun: Sequence[int] | Ids) -> Ids:
         """The ids of a text, given those of its first part."""
-        parts = [np.array(begun, np.uint32)]
+        parts = [np.asarray(begun, np.uint32)]
         start = _end_of_part(text, 0)
         while start < len(text):
             end = _end_of_part(text, start)
-            parts += [np.array(ids, np.uint32) for ids in self._encode_later([text[start:end]])]
+            parts += [np.asarray(ids, np.uint32) for ids in self._encode_later([text[start:end]])]
             start = end
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 

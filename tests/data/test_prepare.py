@@ -18,11 +18,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacl.data.documents import cut_blocks, read_documents, read_segment
+from megacl.data.documents import block_bytes_of, cut_blocks, read_documents, read_segment
+from megacl.data.forms import RawFile
 from megacl.data.forms.reading import Reading
 from megacl.data.inputs import find_inputs, identify
 from megacl.data.manifest import InputFile, read_inputs, read_manifest
-from megacl.data.prepare import prepare
+from megacl.data.prepare import merge, prepare
 from megacl.data.source import Source, open_source
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.data.tokenizer_training import train_tokenizer
@@ -120,6 +121,27 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, raw, texts, 
             workers=workers, block_bytes=BLOCK,
         )  # fmt: skip
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
+
+
+def test_how_inputs_are_cut_follows_from_their_size_so_that_small_ones_keep_many_workers_busy(
+    tmp_path, large, tokenizer
+):
+    for workers in (1, 2):
+        prepare([str(large)], tokenizer=tokenizer, out=tmp_path / str(workers), validation=0, workers=workers)
+    for task in (1, 2):
+        prepare([str(large)], tokenizer=tokenizer, out=tmp_path / "tasks", validation=0, workers=1, task=(task, 2))
+    merge(tmp_path / "tasks", workers=1)
+    shards = len(open_source(tmp_path / "1").train.shards)
+    assert shards == -(-large.stat().st_size // 2**20)
+    folders = [{**contents(tmp_path / name), "manifest.json": b""} for name in ("1", "2", "tasks")]
+    assert folders[0] == folders[1] == folders[2]
+
+    def block_bytes(*sizes: int) -> int:
+        return block_bytes_of([RawFile("x", "jsonl", "", ("x",), size, 0) for size in sizes])
+
+    assert [block_bytes(0), block_bytes(2**26), block_bytes(2**30, 2**28), block_bytes(2**40)] == [
+        2**20, 2**20, 5 * 2**22, 2**25,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])

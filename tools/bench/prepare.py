@@ -7,9 +7,10 @@ MB of JSONL a second, the median of the repeats and their span; all take turns, 
 not count its imports. `alone` is the tokenizer on texts in memory, with lists of ids as all that is made: on one
 thread, and on as many as there are cores. megacl and the peers read the file and write all they write.
 
-Without --tokenizer: the peers' SentencePiece model, and a byte-level BPE of 32,000 tokens that is trained on the first
-20 MB. --grow: megacl on parts of the input, with the memory of its largest process. Repeated text would flatter megacl,
-which remembers: give real documents.
+Without --tokenizer: the peers' SentencePiece model, and a byte-level BPE and a SentencePiece unigram model of 32,000
+tokens each, trained on the first 20 MB. megacl encodes the first two by units, the third as whole texts. --grow: megacl
+on parts of the input, with the memory of its largest process. Repeated text would flatter megacl, which remembers: give
+real documents.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def train_byte_level(file: Path, out: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     with open(file) as lines:
-        texts = [json.loads(line)["text"] for line in lines.readlines(20_000_000)]
+        texts = [json.loads(line)["text"] for line in lines]
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -95,6 +96,12 @@ def train_byte_level(file: Path, out: Path) -> None:
     model.train_from_iterator(texts, trainer)
     model.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
     model.save(str(out))
+
+
+def train_unigram(file: Path, out: Path) -> None:
+    from megacl.data.tokenizer_training import train_tokenizer
+
+    train_tokenizer([str(file)], out, 32_000, "unigram")
 
 
 def compare(arguments: argparse.Namespace, tokenizer: Path, work: Path) -> None:
@@ -140,9 +147,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         if not arguments.tokenizer:
-            train_byte_level(arguments.input, work / "byte-level.json")
+            sample = work / "sample.jsonl"
+            with open(arguments.input, "rb") as lines:
+                sample.write_bytes(b"".join(lines.readlines(20_000_000)))
+            train_byte_level(sample, work / "byte-level.json")
+            train_unigram(sample, work / "unigram.model")
             model = [arguments.peers / "mistral.model"] if arguments.peers else []
-            arguments.tokenizer = [*model, work / "byte-level.json"]
+            arguments.tokenizer = [*model, work / "byte-level.json", work / "unigram.model"]
         for tokenizer in arguments.tokenizer:
             compare(arguments, tokenizer, work)
 
