@@ -151,7 +151,7 @@ def prepare(
             source=source,
             tokenizer_file=tokenizer.file_name,
             tokenizer_fingerprint=tokenizer.fingerprint,
-            validation=validation,
+            validation=float(validation),  # an integer 0 would come back from the disk as another command
             settings={**reading.settings, **_dedup_settings(dedup, against)},
             skip_bad=skip_bad,
             block_bytes=block_bytes or block_bytes_of(found.files),
