@@ -10,7 +10,7 @@ from megacl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megacl.data.prepare import PrepareReport
-    from megacl.data.remove import RemoveReport
+    from megacl.data.remove import Matches, RemoveReport
     from megacl.saw import Sighting
 
 Normalize = Literal["none", "nfc", "nfkc"]
@@ -144,9 +144,6 @@ def remove(
     They are named by their texts, their hashes, or a pattern, or several of these. Those named by text or hash do not
     come in by a later prepare, whether they are there now or not. Earlier generations keep them, unless --purge.
     """
-    import dataclasses
-    import json
-
     import numpy as np
 
     from megacl.data.forms.reading import Reading
@@ -177,18 +174,7 @@ def remove(
             "without --runs."
         )
     if json_output:
-        tree = {
-            "documents": matches.documents,
-            "held_out": matches.held_out,
-            "tokens": matches.tokens,
-            "text_bytes": matches.text_bytes,
-            "hashes": [f"{value:016x}" for value in matches.hashes.tolist()],
-            "absent": [f"{value:016x}" for value in matches.absent.tolist()],
-            "removed": dataclasses.asdict(report) if report else None,
-            "seen": [dataclasses.asdict(each) for each in sightings],
-            "problems": problems,
-        }
-        print(json.dumps(tree, indent=1, ensure_ascii=False))
+        print(_removal_json(matches, report, sightings, problems))
         return
     print(
         f"{folder}: {matches.documents:,} documents of generation {state.number} ({matches.held_out:,} held out), "
@@ -198,6 +184,26 @@ def remove(
     if runs:
         _print_sightings(sightings, problems)
     _print_removed(report)
+
+
+def _removal_json(
+    matches: "Matches", report: "RemoveReport | None", sightings: "Sequence[Sighting]", problems: Sequence[str]
+) -> str:
+    import dataclasses
+    import json
+
+    tree = {
+        "documents": matches.documents,
+        "held_out": matches.held_out,
+        "tokens": matches.tokens,
+        "text_bytes": matches.text_bytes,
+        "hashes": [f"{value:016x}" for value in matches.hashes.tolist()],
+        "absent": [f"{value:016x}" for value in matches.absent.tolist()],
+        "removed": dataclasses.asdict(report) if report else None,
+        "seen": [dataclasses.asdict(each) for each in sightings],
+        "problems": problems,
+    }
+    return json.dumps(tree, indent=1, ensure_ascii=False)
 
 
 def _print_removed(report: "RemoveReport | None") -> None:
