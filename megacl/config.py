@@ -13,7 +13,16 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from megacl.config_phase import PhaseConfig, ReplayConfig, length_in_steps, misfit, nearest
+from megacl.config_phase import (
+    MAX_TOKENS,
+    BatchSize,
+    PhaseConfig,
+    ReplayConfig,
+    SeqLength,
+    length_in_steps,
+    misfit,
+    nearest,
+)
 from megacl.errors import ConfigError
 from megacl.model.config import STRICT, ModelConfig
 
@@ -168,8 +177,8 @@ class RunConfig:
     model: ModelConfig
     sources: dict[str, SourceConfig]
     phases: tuple[PhaseConfig, ...]
-    seq_length: Annotated[int, Field(ge=2, description="tokens that a sequence predicts")]
-    global_batch_size: Annotated[int, Field(ge=1, description="sequences per optimizer step")]
+    seq_length: SeqLength
+    global_batch_size: BatchSize
     tokenizer: TokenizerConfig | None = None
     """Null: the one that the sources were prepared with."""
     seed: Annotated[int, Field(ge=0, lt=2**63, description="the seed of weights and order")] = 0
@@ -262,6 +271,10 @@ class RunConfig:
             raise ConfigError(
                 f"{where}.tokens is {phase.tokens}; it must hold at least one batch, "
                 f"{self.batch_size_of(phase)} x {self.seq_length_of(phase)} = {self.tokens_per_step(phase)} tokens."
+            )
+        if (tokens := self.steps_of(phase) * self.tokens_per_step(phase)) > MAX_TOKENS:
+            raise ConfigError(
+                f"{where} has {tokens:,} tokens; a phase may have {MAX_TOKENS:,}, so give it fewer steps."
             )
         micro = self.engine.micro_batch_size
         if micro is not None and self.batch_size_of(phase) % micro:

@@ -191,7 +191,12 @@ def misfit(schedule: ScheduleConfig, *, phase_steps: int, tokens_per_step: int) 
 
 # ---------------------------------------------------------------------------------------------- data
 
-Weight = Annotated[float, Field(gt=0, description="a weight, relative to its neighbours")]
+Weight = Annotated[float, Field(ge=1e-30, le=1e30, description="a weight, relative to its neighbours")]
+SeqLength = Annotated[int, Field(ge=2, le=2**24, description="tokens that a sequence predicts")]
+BatchSize = Annotated[int, Field(ge=1, le=2**24, description="sequences per optimizer step")]
+
+MAX_TOKENS = 2**60
+"""Of a phase: positions are numbers of 64 bits, and so are their sums."""
 
 
 def share_of(share: float) -> Fraction:
@@ -230,7 +235,7 @@ class ReplayConfig:
     """Of power_law and exponential; 0.5 if null."""
     age: Literal["phases", "tokens"] | None = None
     """What power_law and exponential count a phase's age in; phases if null."""
-    max_times: Annotated[int, Field(ge=1, description="how often a sample may be replayed in all")] | None = None
+    max_times: Annotated[int, Field(ge=1, le=2**20, description="how often to replay a sample at most")] | None = None
     """Null: as often as it comes round."""
 
     def problem(self) -> str | None:
@@ -269,13 +274,13 @@ class PhaseConfig:
     mixture_changes: tuple[MixtureChange, ...] = ()
     when_exhausted: Literal["repeat", "stop", "renormalise"] = "repeat"
     """Once a source has been read to its end: again, the phase ends, or the others fill its places."""
-    tokens: Annotated[int, Field(ge=1, description="the phase's budget in tokens")] | None = None
-    steps: Annotated[int, Field(ge=1, description="the phase's budget in optimizer steps")] | None = None
+    tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS, description="the phase's budget in tokens")] | None = None
+    steps: Annotated[int, Field(ge=1, le=2**40, description="the phase's budget in optimizer steps")] | None = None
     replay: ReplayConfig | None = None
     optimizer_state: Literal["keep", "reset"] | None = None
     """Null: kept by constant and infinite schedules, reset by those that warm up again."""
-    seq_length: Annotated[int, Field(ge=2, description="tokens that a sequence predicts")] | None = None
-    global_batch_size: Annotated[int, Field(ge=1, description="sequences per optimizer step")] | None = None
+    seq_length: SeqLength | None = None
+    global_batch_size: BatchSize | None = None
 
     @property
     def source_names(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ for training.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -151,12 +152,13 @@ def notices(config: RunConfig, index: int, stream: PhaseStream) -> list[str]:
     if phase.replay:
         asked.append({**(phase.replay.from_ or phase.replay.from_sources or {})})
     for weights in filter(None, asked):
-        whole, total = integer_weights(weights), sum(weights.values())
+        whole, exact = integer_weights(weights), {name: Fraction(weight) for name, weight in weights.items()}
         for name, weight in whole.items():
-            share, wanted = weight / sum(whole.values()), float(weights[name] / total)
-            if abs(share / wanted - 1) > 0.01:
+            share, wanted = Fraction(weight, sum(whole.values())), exact[name] / sum(exact.values())
+            if abs(share - wanted) > wanted / 100:
                 lines.append(
-                    f"phase {phase.name!r}: {name!r} gets {share:.3g} of the samples, not the {wanted:.3g} asked for"
+                    f"phase {phase.name!r}: {name!r} gets {float(share):.3g} of the samples, not the "
+                    f"{float(wanted):.3g} asked for"
                 )
     return lines
 

@@ -39,7 +39,7 @@ def test_the_resolved_configuration_is_itself_a_configuration(base: str, tmp_pat
 
 
 @settings(deadline=None)
-@given(st.floats(1e-12, 1e3), st.integers(1, 10**15))
+@given(st.floats(1e-12, 1e3), st.integers(1, 2**40))
 def test_numbers_come_back_from_the_file_to_the_last_bit(rate: float, steps: int) -> None:
     tree = yaml.safe_load(BASE)
     tree["phases"][0]["schedule"] = {"kind": "constant", "max_lr": rate}
@@ -86,6 +86,16 @@ def test_what_follows_from_a_setting_is_derived(base: str) -> None:
     ("override", "message"),
     [
         ("phases[1].replay.share=1.2", "phases[1].replay.share is 1.2; it must be less than 1. It is the part of each"),
+        ("phases[0].steps=1e23", "phases[0].steps is 1e+23; it must be less than or equal to 1099511627776. It is the"),
+        (
+            "phases[0]={name: p, mixture: {a: 1}, steps: 1e12, global_batch_size: 2e6, seq_length: 1e6, "
+            "schedule: {kind: constant, max_lr: 1e-3}}",
+            "phases[0] has 2,000,000,000,000,000,000,000,000 tokens; a phase may have 1,152,921,504,606,846,976",
+        ),
+        ("global_batch_size=1e11", "global_batch_size is 100000000000.0; it must be less than or equal to 16777216"),
+        ("seq_length=5000000000", "seq_length is 5000000000; it must be less than or equal to 16777216"),
+        ("phases[0].mixture={a: 1e308, b: 1e-308}", "phases[0].mixture.a is 1e+308; it must be less than or equal to"),
+        ("phases[1].replay={share: 0.1, max_times: 1e18}", "max_times is 1e+18; it must be less than or equal to"),
         ("phases[1].replay.share=-0.1", "phases[1].replay.share is -0.1; it must be greater than or equal to 0"),
         ("sources.a.pth=x", "sources.a.pth is not a setting; did you mean sources.a.path?"),
         ("max_lr=3", "max_lr is not a setting; it belongs at phases[].schedule.max_lr."),

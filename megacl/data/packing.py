@@ -15,6 +15,7 @@ their numbers of rows must be known. These are counted once in a process, at the
 every shard once; docs/design.md says what that costs. No token is read for it.
 """
 
+import collections
 import contextvars
 import functools
 from concurrent.futures import ThreadPoolExecutor
@@ -90,7 +91,7 @@ def _best_fit(lengths: Int64, row_length: int) -> Int64:
     # No two of the pieces longer than half a row share one.
     alone = int(np.searchsorted(-falling, -(row_length // 2)))
     rows = list(range(alone))
-    by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
+    by_room: dict[int, list[int]] = collections.defaultdict(list)
     rooms = 0  # bit r is set where by_room[r] is not empty: the least room of L or more is the lowest bit from L on
     for row, length in enumerate(falling[:alone].tolist()):
         by_room[row_length - length].append(row)

@@ -58,7 +58,8 @@ def policy_weights(replay: ReplayConfig, lineage: Lineage, phases: Sequence[str]
     ages = _ages(lineage, in_tokens=replay.age == "tokens")
     d = 0.5 if replay.d is None else replay.d
     if replay.policy == "power_law":
-        return {name: (ages[name] + 1) ** -d for name in phases}
+        youngest = min(ages[name] for name in phases) + 1  # a common factor here too
+        return {name: max(((ages[name] + 1) / youngest) ** -d, sys.float_info.min) for name in phases}
     newest = min(ages[name] for name in phases)  # a common factor, without which all may be too small for a float
     return {name: max(math.exp(-d * (ages[name] - newest)), sys.float_info.min) for name in phases}
 

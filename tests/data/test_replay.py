@@ -89,6 +89,10 @@ def test_uniform_goes_by_what_phases_saw_of_their_own_and_latest_by_the_newest_a
     assert counts_of(past, policy="latest") == [0, 0, 1]
 
 
+def test_a_fading_so_strong_that_powers_vanish_leaves_older_phases_one_place() -> None:
+    assert counts_of(history(2, 2, 2), policy="power_law", d=1e4) == pytest.approx([0, 0, 1], abs=1e-3)
+
+
 def test_a_phase_so_old_that_its_weight_is_no_number_still_has_a_place() -> None:
     assert counts_of(history(2, 2, 2), policy="exponential", d=800)[2] > 0.999
 
