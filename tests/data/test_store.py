@@ -197,6 +197,26 @@ def test_a_shard_that_was_deleted_is_read_to_its_end_and_fetched_again(folder: P
     assert all_of(one) == all_of(local)
 
 
+def test_the_files_of_a_cache_are_looked_at_only_where_it_may_be_full(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    look = ShardCache._delete_down_to
+    monkeypatch.setattr(ShardCache, "_delete_down_to", lambda *arguments: looks.append(1) or look(*arguments))
+    cache = cache_at(tmp_path, shards=5)
+    remote = open_source(url, cache=cache)
+    for shard in range(5):
+        remote.train.read(shard * TOKENS, 1)
+    assert len(looks) == 1  # nothing was counted yet
+    remote.train.read(5 * TOKENS, 1)
+    assert (len(looks), len(held(cache))) == (2, 5)
+    for file in held(cache):
+        file.unlink()
+    (cache.path / ".used").write_text("torn")
+    remote.train.read(6 * TOKENS, 1)
+    assert (cache.path / ".used").read_text() == str(sum(file.stat().st_size for file in held(cache)))
+
+
 def test_a_shard_that_no_cache_of_this_size_holds_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a shard of 8,\d+ bytes does not fit into a cache of 4,400; raise cache.size"):
         open_source(url, cache=cache_at(tmp_path, shards=0.5)).train.read(0, 1)
@@ -283,7 +303,7 @@ def test_a_full_disk_is_named_and_nothing_stays_behind(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match="cannot write a fetched shard: no space left on the device"):
         remote.train.read(0, 1)
-    assert [file for file in cache.path.iterdir() if not file.name.startswith(".lock")] == []
+    assert [file for file in cache.path.iterdir() if not file.name.startswith(".")] == []
 
 
 # ---------------------------------------------------------------------------------------------- failures
