@@ -191,7 +191,7 @@ def misfit(schedule: ScheduleConfig, *, phase_steps: int, tokens_per_step: int) 
 
 # ---------------------------------------------------------------------------------------------- data
 
-Weight = Annotated[float, Field(ge=1e-30, le=1e30, description="a weight, relative to its neighbours")]
+Weight = Annotated[float, Field(gt=0, le=1e30, description="a weight, relative to its neighbours")]
 SeqLength = Annotated[int, Field(ge=2, le=2**24, description="tokens that a sequence predicts")]
 BatchSize = Annotated[int, Field(ge=1, le=2**24, description="sequences per optimizer step")]
 

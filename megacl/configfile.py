@@ -281,6 +281,7 @@ def _explain(error: ValidationError) -> str:
     expected = first["msg"].removeprefix("Value error, ")
     expected = re.sub(r"^Input should be", "it must be", expected)
     expected = re.sub(r"^String should", "it must", expected)
+    expected = "it is too large" if first["type"] == "int_parsing_size" else expected
     if first["type"] in ("missing", "missing_argument"):
         return f"{path} is missing; every configuration must give it{_description(found)}."
     if first["type"] == "union_tag_not_found":

@@ -150,6 +150,22 @@ def test_a_phase_that_comes_to_sources_with_nothing_left_names_them_and_the_chan
     ) in out
 
 
+def test_weights_that_no_float_can_add_or_divide_are_planned(
+    prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    phase = {
+        "name": "p",
+        "mixture": {"english": 1e30, "german": 1e-308},
+        "steps": 1,
+        "schedule": {"kind": "constant", "max_lr": 1e-3},
+    }
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps(tree(prepared, tmp_path / "run", phases=[phase])))
+    status, out, _ = command_line(capsys, "data", "plan", str(config))
+    assert status == 0
+    assert "warning: phase 'p': 'german' gets 1.53e-05 of the samples, not the 0 asked for" in out
+
+
 def test_the_plan_says_when_a_phase_has_been_replayed_as_often_as_it_may(
     prepared: Prepared, tmp_path: Path, capsys: Capture
 ) -> None:
