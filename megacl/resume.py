@@ -103,6 +103,10 @@ def find_origin(
     parent = None
     if config.start_from is not None and checkpoint is None:
         parent = open_checkpoint(find_checkpoint(config.start_from, warn))
+        for key in ("boundaries", "packing"):
+            was, now = getattr(parent.config, key), getattr(config, key)
+            if was != now:
+                warn(f"{key} is {now}, and the model of {parent.path} was trained with {key} {was}; is that meant?")
     history = checkpoint or parent
     if history is not None:
         _check_same_model(config, history)

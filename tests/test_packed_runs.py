@@ -21,6 +21,7 @@ from megacl.data.stream import PhaseStream, open_recorded
 from megacl.errors import ConfigError
 from megacl.lineage import load_lineage
 from megacl.model.gpt import GPT, build_model
+from megacl.plan import plan_text
 from megacl.trainer import train
 
 
@@ -180,3 +181,15 @@ def test_a_run_cannot_change_its_packing(prepared: Prepared, packed: Path) -> No
     tree = {**packed_tree(prepared, packed), "packing": "cut"}
     with pytest.raises(ConfigError, match="with packing 'best_fit', and this configuration has 'cut'"):
         train(from_tree(tree))
+
+
+def test_a_child_that_is_cut_otherwise_than_its_parent_is_told_so(
+    prepared: Prepared, packed: Path, tmp_path: Path
+) -> None:
+    phase = {"name": "p", "mixture": {"german": 1}, "steps": 1, "schedule": {"kind": "constant", "max_lr": 1e-3}}
+    child = prepared.tree(tmp_path / "child", start_from=str(packed), seq_length=192, phases=[phase])
+    text = "\n".join(plan_text(from_tree(child)))
+    assert re.search("warning: boundaries is ignore, and the model of .* was trained with boundaries attention", text)
+    assert re.search("warning: packing is cut, and the model of .* was trained with packing best_fit", text)
+    alike = {**child, "boundaries": "attention", "packing": "best_fit"}
+    assert "was trained with" not in "\n".join(plan_text(from_tree(alike)))
