@@ -291,7 +291,7 @@ def plan(
     from megacl.plan import phase_line, plan_data
 
     run = load_arguments(config)
-    phases = plan_data(run)
+    of_the_run, phases = plan_data(run)
     if json_output:
         trees = [
             {
@@ -300,12 +300,15 @@ def plan(
                 "steps": phase.record.budget_steps,
                 "tokens": phase.record.tokens,
                 "readings": [dataclasses.asdict(reading) for reading in phase.readings],
+                "packed": phase.packed,
                 "notices": phase.notices,
             }
             for phase in phases
         ]
-        print(json.dumps(trees, indent=1, ensure_ascii=False))
+        print(json.dumps({"notices": of_the_run, "phases": trees}, indent=1, ensure_ascii=False))
         return
+    for line in of_the_run:
+        print(f"warning: {line}")
     for index, phase in enumerate(phases):
         print(phase_line(run, index, phase.record.budget_steps, done=phase.done))
         rows = [
@@ -319,6 +322,8 @@ def plan(
             for reading in phase.readings
         ]
         for line in table_text(["reads", "tokens", "share", "times by then", "runs out"], rows):
+            print(f"  {line}")
+        for line in phase.packed:
             print(f"  {line}")
         for line in phase.notices:
             print(f"  warning: {line}")

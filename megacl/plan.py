@@ -341,11 +341,13 @@ class PlannedPhase:
     record: PhaseRecord
     done: bool
     readings: list[Reading]
+    packed: list[str]
+    """How full its packed sequences are, a line a source; none where it is over."""
     notices: list[str]
 
 
-def plan_data(config: RunConfig) -> list[PlannedPhase]:
-    """What every phase of a run reads, those included that are over. Builds no model, writes nothing.
+def plan_data(config: RunConfig) -> tuple[list[str], list[PlannedPhase]]:
+    """(what is to be known of a whole run, what each phase reads, those that are over included). Writes nothing.
 
     Raises as the start of training would, and DataError where a source is not prepared yet.
     """
@@ -359,17 +361,17 @@ def plan_data(config: RunConfig) -> list[PlannedPhase]:
     newest = newest_checkpoint(run_dir, warnings.append)
     origin = find_origin(config, run_dir, newest, resume=True, warn=warnings.append)
     found = find_inputs(config, origin, open_sources(config, origin))
-    lineage, said = found.origin.lineage, {}
+    lineage, packed, said = found.origin.lineage, {}, {}
     for index, stream, after in plan_phases(found):
-        lineage, said[index] = after, notices(found.config, index, stream)
+        lineage, packed[index], said[index] = after, stream.packings(), notices(found.config, index, stream)
     before = len(lineage.phases) - len(config.phases)
-    of_the_run = [*warnings, *packing_notice(found), *split_notice(found)]
-    return [
+    return [*warnings, *packing_notice(found), *split_notice(found)], [
         PlannedPhase(
             record=record,
             done=index < found.origin.phase,
             readings=readings(Lineage(phases=lineage.phases[: before + index + 1])),
-            notices=[*(of_the_run if index == found.origin.phase else ()), *said.get(index, [])],
+            packed=packed.get(index, []),
+            notices=said.get(index, []),
         )
         for index, record in enumerate(run_phases(lineage, config))
     ]

@@ -113,7 +113,7 @@ def test_the_plan_says_what_runs_out_and_when_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
     config.write_text(json.dumps(tree(prepared, whole)))
     status, out, _ = command_line(capsys, "data", "plan", str(config), "--json")
-    planned = json.loads(out)
+    planned = json.loads(out)["phases"]
     assert [(phase["phase"], phase["done"], phase["steps"]) for phase in planned] == [
         ("mixed", True, steps),
         ("german", True, 4),
@@ -185,7 +185,7 @@ def test_the_plan_says_when_a_phase_has_been_replayed_as_often_as_it_may(
     config.write_text(json.dumps(tree(prepared, tmp_path / "run", phases=phases)))
     status, out, _ = command_line(capsys, "data", "plan", str(config), "--json")
     assert status == 0
-    last = json.loads(out)[-1]
+    last = json.loads(out)["phases"][-1]
     # Of ten replayed samples a step, power_law gives a part of 0.449 to the older of two phases: 20 in 4.5 steps.
     assert {reading["name"]: reading["runs_out"] for reading in last["readings"] if "phase" in reading["kind"]} == {
         "short": 5,

@@ -193,3 +193,15 @@ def test_a_child_that_is_cut_otherwise_than_its_parent_is_told_so(
     assert re.search("warning: packing is cut, and the model of .* was trained with packing best_fit", text)
     alike = {**child, "boundaries": "attention", "packing": "best_fit"}
     assert "was trained with" not in "\n".join(plan_text(from_tree(alike)))
+
+
+def test_the_plan_of_the_data_says_how_full_packed_sequences_are(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps(packed_tree(prepared, tmp_path / "run")))
+    status, out, _ = command_line(capsys, "data", "plan", str(config))
+    assert status == 0
+    assert re.search(r"  english: packed into [\d,]+ sequences, \d+\.\d\d% full\n", out)
+    status, out, _ = command_line(capsys, "data", "plan", str(config), "--json")
+    assert [len(phase["packed"]) for phase in json.loads(out)["phases"]] == [1, 1]
