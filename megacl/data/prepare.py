@@ -19,7 +19,7 @@ readers of the earlier ones see no change.
 Held out for validation are the documents whose BLAKE2b hash (8 bytes of it, as a fraction of 2^64) lies below
 `validation`: a function of the raw text alone, the same under every tokenizer, and copies of a document stay together.
 
-Memory: at most 0.5 GB for each worker and a few blocks for the parent, whatever the size of the inputs.
+Memory: what data/blocks.py says for each worker and a few blocks for the parent, whatever the size of the inputs.
 """
 
 import os

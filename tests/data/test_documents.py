@@ -530,6 +530,16 @@ def test_a_parquet_file_that_is_garbled_inside_is_named(tmp_path):
 # ---------------------------------------------------------------------------------------------- ahead
 
 
+@pytest.mark.parametrize("form", [".parquet", ".arrow stream", ".arrow file"])
+def test_a_large_row_group_is_cut_into_few_ranges_since_each_is_decoded_from_its_beginning(tmp_path, form):
+    path = write_form(
+        tmp_path / f"raw{form.split()[0]}", form, [f"{index} of many rows" for index in range(1000)], 1000
+    )
+    segments = list(itertools.chain.from_iterable(cut_blocks(find_inputs([str(path)], Reading()).files, Reading(), 50)))
+    assert 5 < len(segments) <= 8
+    assert [each.end - each.start for each in segments] == [1000 // len(segments)] * len(segments)
+
+
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6),
     at_once=st.integers(0, 4),

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,16 @@ def test_the_script_asks_for_what_is_given():
     assert "--array=1-900%50 " in script
 
 
+def test_the_merge_asks_for_memory_of_its_own_in_the_way_the_tasks_do():
+    needed = {"tasks": 2, "inputs": ["raw"], "tokenizer": "t", "out": "out"}
+    for given, task, merge in (
+        ({}, "--mem-per-cpu=1G", "--mem-per-cpu=2G"),
+        ({"merge_mem": "9G"}, "--mem-per-cpu=1G", "--mem-per-cpu=9G"),
+        ({"mem": "4G", "merge_mem": "9G"}, "--mem=4G", "--mem=9G"),
+    ):
+        assert re.findall(r"--mem\S*=\S+", render(**needed, **given)) == [task, merge]
+
+
 @pytest.mark.long
 def test_an_array_on_two_nodes_makes_the_folder_of_one_prepare(tmp_path):
     missing = missing_programs()
@@ -82,7 +93,7 @@ def test_an_array_on_two_nodes_makes_the_folder_of_one_prepare(tmp_path):
     options = ["--validation", "0.2", "--source", "words"]
     script = render(
         tasks=4, inputs=["the raw"], tokenizer="small.model", out="the out", options=options, cpus=1, mem="0",
-        time="10",
+        merge_mem="0", time="10",
     )  # fmt: skip
     (folder / "prepare.sbatch").write_text(script)
     with Cluster() as cluster:

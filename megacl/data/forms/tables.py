@@ -1,9 +1,9 @@
 """Tables, a row a document: Parquet files, and Arrow IPC files and streams, as datasets.save_to_disk writes them.
 
 Segments are ranges of rows. Of the columns only the one that the text lies in is read. A row group or a record batch
-with more text than block_bytes is cut into ranges of as many rows each. A range is reached by passing over what lies
-before it in its row group, or in its stream, where each batch is decompressed again if it is compressed; Parquet's
-row groups and the record batches of an Arrow file are entered directly.
+with more text than block_bytes is cut into ranges of as many rows each. A range is reached by decoding what lies before
+it in its row group, or in its stream; Parquet's row groups and the record batches of an Arrow file are entered
+directly. So that this stays little beside encoding the text, there are at most 8 ranges, or more of 32 MB each.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,6 +18,7 @@ from megacl.errors import DataError
 
 _BATCH_BYTES = 2**22
 _READ_BYTES = 2**20
+_PIECES, _PIECE_BYTES = 8, 2**25
 _ARROW_FILE_MAGIC = b"ARROW1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -46,7 +47,8 @@ def _ranges(parts: Iterable[tuple[int, int]], block_bytes: int) -> Iterator[tupl
         if size <= block_bytes:
             held_rows, held_bytes = held_rows + rows, held_bytes + size
             continue
-        pieces = min(rows, -(-size // block_bytes))
+        piece_bytes = max(block_bytes, min(-(-size // _PIECES), _PIECE_BYTES))
+        pieces = min(rows, -(-size // piece_bytes))
         for piece in range(pieces):
             yield rows * (piece + 1) // pieces - rows * piece // pieces, size // pieces
     if held_rows:
