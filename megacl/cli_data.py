@@ -373,5 +373,7 @@ def print_prepared(out: Path, report: "PrepareReport") -> None:
         print(f"left out: {report.bad_lines:,} bad lines, {report.empty_documents:,} empty documents")
     if report.removed_documents:
         print(f"left out: {report.removed_documents:,} duplicates, or documents removed earlier")
-    if report.passed_over:
-        print(f"passed over: {len(report.passed_over):,} files of other kinds, {', '.join(report.passed_over[:3])} ...")
+    if passed_over := report.passed_over:
+        what = "1 file of another kind" if len(passed_over) == 1 else f"{len(passed_over):,} files of other kinds"
+        more = ", ..." if len(passed_over) > 3 else ""
+        print(f"passed over: {what}, {', '.join(passed_over[:3])}{more}")

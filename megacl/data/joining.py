@@ -59,24 +59,28 @@ def open_folder(folder: Path, tokenizer: Tokenizer, source: str | None, validati
     return state
 
 
-def made_already(state: FolderState, files: Sequence[InputFile], command: Command) -> Generation | None:
+def made_already(
+    state: FolderState, files: Sequence[InputFile], sizes: Sequence[tuple[str, int]], command: Command
+) -> Generation | None:
     """The generation that this command would make, if there is one; DataError if the folder holds some of the files.
 
-    files: all of the command's, or those of one of its tasks. Files are known by their content, so that of a second
-    name, a copy or a new date no document comes in twice. Nor does one of a file that grew or was mended since: a name
-    that the folder has with other content is refused too.
+    files: all of the command's, or those of one of its tasks; sizes: (name, size) of all of the command's, in order.
+    Files are known by their content, so that of a second name, a copy or a new date no document comes in twice. Nor
+    does one of a file that grew or was mended since: a name that the folder has with other content is refused too.
     """
     if not state.number or not files:
         return None
-    contents = [file.sha256 for file in files]
+    contents = {file.name: file.sha256 for file in files}
     inputs = read_inputs(state.folder, state.number)
     for generation in state.generations:
-        own = [each.sha256 for each in inputs if each.generation == generation.generation]
-        same = own == contents if command.tasks == 1 else set(contents) <= set(own)
+        own = [each for each in inputs if each.generation == generation.generation]
+        same = [each.size for each in own] == [size for _, size in sizes] and all(
+            contents.get(name, each.sha256) == each.sha256 for (name, _), each in zip(sizes, own, strict=True)
+        )
         if same and command.settings.items() <= generation.settings.items():
             return generation
     held = {each.sha256: (each.generation, each.name) for each in inputs}
-    names = {os.path.abspath(each.name): each.generation for each in inputs if each.name != STANDARD_INPUT}
+    names = {each.name: each.generation for each in inputs if each.name != STANDARD_INPUT}
     for file in files:  # before those that are held: "leave it out" is no answer to who gives all files again
         name = os.path.abspath(file.name)
         if name in names and file.sha256 not in held:
@@ -88,7 +92,7 @@ def made_already(state: FolderState, files: Sequence[InputFile], command: Comman
     for file in files:
         if file.sha256 in held:
             number, name = held[file.sha256]
-            alias = "" if name == file.name else f", as {name}"
+            alias = "" if name in (file.name, os.path.abspath(file.name)) else f", as {name}"
             raise DataError(
                 f"{state.folder}: generation {number} holds {file.name} already{alias}. Leave it out, or name another "
                 "folder with --out."

@@ -30,7 +30,7 @@ def cut_portions(files: Sequence[RawFile], block_bytes: int) -> list[Portion]:
 def portions_of_task(portions: Sequence[Portion], task: int, tasks: int) -> list[int]:
     """The numbers of the portions that one task of 1 to `tasks` does, in order; none where there are too few."""
     sizes = [sum(file.size for file in portion) for portion in portions]
-    loads = [(0, number) for number in range(1, tasks + 1)]
+    loads = [(0, number) for number in range(1, min(tasks, len(sizes)) + 1)]  # the others would get none
     mine = []
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         load, number = heapq.heappop(loads)

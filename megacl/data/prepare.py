@@ -1,6 +1,7 @@
 """Raw documents -> tokenized shards, on all cores, restartable: `megacl prepare INPUT... --tokenizer MODEL --out DIR`.
 
-    prepare(["raw/"], tokenizer=load_tokenizer("tokenizer.model"), out="data/english")
+    if __name__ == "__main__":  # workers import the script
+        prepare(["raw/"], tokenizer=load_tokenizer("tokenizer.model"), out="data/english")
 
 The inputs are cut into portions by their files' sizes (data/portions.py), and these into blocks (data/documents.py); a
 block becomes at most one train and one validation shard, written by whichever worker has it; only counts come back.
@@ -25,7 +26,7 @@ Memory: what data/blocks.py says for each worker and a few blocks for the parent
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,6 @@ import numpy as np
 from megacl.data.blocks import Recipe
 from megacl.data.documents import block_bytes_of
 from megacl.data.duplicates import hashes_of, is_known, is_repeated
-from megacl.data.forms import RawFile
 from megacl.data.forms.reading import Reading
 from megacl.data.generations import (
     PREPARE_WORK,
@@ -44,16 +44,18 @@ from megacl.data.generations import (
     open_state,
     publish_generation,
 )
-from megacl.data.inputs import STANDARD_INPUT, find_inputs, identify, keep_standard_input, refuse_twice
+from megacl.data.inputs import STANDARD_INPUT, Inputs, find_inputs, identify, keep_standard_input, refuse_twice
 from megacl.data.joining import check_held_out, made_already, open_folder
 from megacl.data.manifest import Generation, no_manifest, read_manifest, read_removed
 from megacl.data.rewrite import rewrite_shards
 from megacl.data.shard_list import Mask, ShardList, Totals
 from megacl.data.tasks import (
     COMMAND_FOLDER,
+    AllTasks,
     Command,
     TaskRecord,
     begin_command,
+    check_nothing_lost,
     digest_of_files,
     files_of_task,
     folder_of_task,
@@ -158,14 +160,13 @@ def prepare(
             dedup=dedup or bool(against),
             against=against,
             inputs=digest_of_files(found.files),
-            passed_over=found.passed_over,
         )
         if not task:
-            _check_nothing_waits(command, work)
-        done = _do_task(command, found.files, recipe, state, tokenizer, number, workers, progress)
+            check_nothing_lost(command, found.files, work)
+        done = _do_task(command, found, recipe, state, tokenizer, number, workers, progress)
         if task and not isinstance(done, Generation):
             return _report_of_task(*done, found.passed_over, time.monotonic() - begun)
-        made = done if isinstance(done, Generation) else _publish(command, state, work, workers)
+        made = done if isinstance(done, Generation) else _publish(command, gather_tasks(command, work), state, workers)
         if not task:
             delete_folder(work)
     return _report_of_generation(made, state, found.passed_over, time.monotonic() - begun)
@@ -184,26 +185,18 @@ def merge(out: str | Path, *, workers: int | None = None) -> PrepareReport:
         raise no_manifest(folder)
     with alone_in(folder, "a prepare"):
         finish_interrupted(folder)
-        command = read_command(work)
+        command, passed_over = read_command(work), tuple[str, ...]()
         if command is None:
             state = open_state(folder)
             made = state.generations[-1]
         else:
             tokenizer = load_tokenizer(work / COMMAND_FOLDER / command.tokenizer_file)
             state = open_folder(folder, tokenizer, command.source, command.validation)
-            made = _publish(command, state, work, workers or usable_cores())
+            done = gather_tasks(command, work)
+            passed_over = done.passed_over
+            made = _publish(command, done, state, workers or usable_cores())
             delete_folder(work)
-    return _report_of_generation(made, state, command.passed_over if command else (), time.monotonic() - begun)
-
-
-def _check_nothing_waits(command: Command, work: Path) -> None:
-    """DataError if the work folder, which is cleared at the end, has results of another command's tasks."""
-    waiting = read_command(work)
-    if waiting and waiting.tasks > 1 and replace(waiting, tasks=1) != command:
-        raise DataError(
-            f"{work.parent}: tasks of another prepare wait there for `megacl data merge {work.parent}`. Merge them "
-            f"first, or delete {work}."
-        )
+    return _report_of_generation(made, state, passed_over, time.monotonic() - begun)
 
 
 def _dedup_settings(dedup: bool, against: Sequence[str]) -> dict[str, str | bool]:
@@ -268,7 +261,7 @@ def _report_of_task(
 
 def _do_task(
     command: Command,
-    files: Sequence[RawFile],
+    found: Inputs,
     recipe: Recipe,
     state: FolderState,
     tokenizer: Tokenizer,
@@ -278,33 +271,34 @@ def _do_task(
 ) -> tuple[TaskRecord, ShardList] | Generation:
     """Does a task, or finds it done; the generation that holds its inputs, if one does already."""
     work = state.folder / PREPARE_WORK
-    portions = files_of_task(command, files, number)
+    portions = files_of_task(command, found.files, number)
     own = [file for portion in portions.values() for file in portion]
     total = sum(file.size for file in own)
     done = read_task(command, work, number)
     if done and not done[0].changed_file():
-        begin_command(command, tokenizer, work)
+        begin_command(command, found.files, tokenizer, work)
         return done
     inputs = identify(own, workers)
-    if made := made_already(state, inputs, command):
+    if made := made_already(state, inputs, [(file.name, file.size) for file in found.files], command):
         return made
     with disk_errors(work, "the work folder"):
         work.mkdir(exist_ok=True)
-    begin_command(command, tokenizer, work)
+    begin_command(command, found.files, tokenizer, work)
     report = None if progress is None else lambda bytes_done: progress(bytes_done, total)
     with alone_in(folder_of_task(work, number, command.tasks), "the same task"):
-        return run_task(command, portions, inputs, recipe, work, number, workers, report)
+        return run_task(command, portions, inputs, found.passed_over, recipe, work, number, workers, report)
 
 
-def _publish(command: Command, state: FolderState, work: Path, workers: int) -> Generation:
+def _publish(command: Command, done: AllTasks, state: FolderState, workers: int) -> Generation:
     """Publishes what all tasks have done, or finds the generation that holds it already."""
-    done = gather_tasks(command, work)
-    refuse_twice(done.inputs)
-    if made := made_already(state, done.inputs, command):
+    work = state.folder / PREPARE_WORK
+    inputs = [file.recorded for file in done.files]
+    refuse_twice(inputs)
+    if made := made_already(state, inputs, [(file.name, file.size) for file in inputs], command):
         return made
     if not len(done.shards):
         raise DataError(
-            f"{done.inputs[0].name}{' and the other inputs' if len(done.inputs) > 1 else ''}: no documents in there "
+            f"{done.files[0].name}{' and the other inputs' if len(inputs) > 1 else ''}: no documents in there "
             f"({done.bad_lines} bad lines, {done.empty_documents} documents without text). Check the files and --field."
         )
     keep, more = _kept(command, state, done.shards, work)
@@ -314,7 +308,7 @@ def _publish(command: Command, state: FolderState, work: Path, workers: int) -> 
     added = ShardList.concat([done.shards.where(~losing), rewritten]).take(order)
     if not len(added):
         raise DataError(
-            f"{state.folder}: all {len(keep)} documents of {done.inputs[0].name} and the other inputs are duplicates, "
+            f"{state.folder}: all {len(keep)} documents of {done.files[0].name} and the other inputs are duplicates, "
             "or were removed from the folder earlier: there is nothing to add."
         )
     check_held_out(state, added)
@@ -326,7 +320,7 @@ def _publish(command: Command, state: FolderState, work: Path, workers: int) -> 
             made_by="prepare",
             settings={**command.settings, **more},
             added=added,
-            inputs=done.inputs,
+            inputs=inputs,
             bad_lines=done.bad_lines,
             empty_documents=done.empty_documents,
             removed_documents=int((~keep).sum()),

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from megacl.data.blocks import Recipe, prepare_blocks
 from megacl.data.documents import Block, cut_portions_ahead
 from megacl.data.forms import RawFile, measure
+from megacl.data.inputs import STANDARD_INPUT
 from megacl.data.manifest import InputFile
 from megacl.data.portions import cut_portions, portions_of_task
 from megacl.data.shard_list import SHARDS, ShardList, parse_shards
@@ -51,7 +52,6 @@ class Command:
     """Other data folders, absolute, whose documents are left out too."""
     inputs: str
     """SHA-256 of the names and sizes of all input files, in order."""
-    passed_over: tuple[str, ...]
 
     @property
     def digest(self) -> str:
@@ -75,6 +75,12 @@ class TaskFile:
     modified_ns: int
     sha256: str
 
+    @property
+    def recorded(self) -> InputFile:
+        """What a manifest records of it: the name absolute, so that it says the same wherever the next command runs."""
+        name = self.name if self.name == STANDARD_INPUT else self.paths[0]
+        return InputFile(name=name, size=self.size, sha256=self.sha256)
+
 
 @dataclass(frozen=True)
 class TaskRecord:
@@ -85,6 +91,7 @@ class TaskRecord:
     portions: tuple[tuple[int, int], ...]  # (number, rows) of each of its portions, in the order of its rows
     bad_lines: int
     empty_documents: int
+    passed_over: tuple[str, ...]  # files of other kinds that it met; they may differ from task to task
 
     def changed_file(self) -> str | None:
         """The name of a file that is not what the task read any more, by its size and time of change, or None."""
@@ -101,10 +108,31 @@ class TaskRecord:
 _COMMANDS, _RECORDS = TypeAdapter(Command), TypeAdapter(TaskRecord)
 
 
-def begin_command(command: Command, tokenizer: Tokenizer, work: Path) -> None:
-    """Makes the command the one that the next merge publishes."""
+def check_nothing_lost(command: Command, files: Sequence[RawFile], work: Path) -> None:
+    """DataError if tasks of another command have done a file that this one, whose files these are, does not have.
+
+    Publishing a command clears the work folder. Another command with the same files, cut otherwise or mended, is what
+    the earlier one was to become.
+    """
+    waiting = read_command(work)
+    if waiting is None or waiting.tasks == 1 or waiting == command:
+        return
+    given = {os.path.abspath(path) for file in files for path in file.paths}
+    for task in range(1, waiting.tasks + 1):
+        done = read_task(waiting, work, task)
+        for file in done[0].files if done else ():
+            if not given.issuperset(file.paths):
+                raise DataError(
+                    f"{work.parent}: tasks of another prepare wait there for `megacl data merge {work.parent}`, and "
+                    f"they did {file.name}, which this one does not have. Merge them first, or delete {work}."
+                )
+
+
+def begin_command(command: Command, files: Sequence[RawFile], tokenizer: Tokenizer, work: Path) -> None:
+    """Makes the command the one that the next merge publishes. DataError as for check_nothing_lost."""
     folder = work / COMMAND_FOLDER
     if read_command(work) != command:
+        check_nothing_lost(command, files, work)
         folder.mkdir(exist_ok=True)
         tokenizer.save(folder)
         publish_text(folder / _COMMAND, str(_COMMANDS.dump_json(command), "utf-8"), "the command")
@@ -144,6 +172,7 @@ def run_task(
     command: Command,
     portions: dict[int, tuple[RawFile, ...]],
     inputs: Sequence[InputFile],
+    passed_over: tuple[str, ...],
     recipe: Recipe,
     work: Path,
     task: int,
@@ -184,6 +213,7 @@ def run_task(
         portions=tuple(rows.items()),
         bad_lines=sum(each.bad_lines for each in done),
         empty_documents=sum(each.empty_documents for each in done),
+        passed_over=passed_over,
     )
     shards = ShardList.of_rows(list(chain.from_iterable(each.rows for each in done)))
     folder = folder_of_task(work, task, command.tasks)
@@ -196,16 +226,19 @@ def run_task(
 class AllTasks:
     """What the tasks of a command have done together, in the order of the inputs."""
 
-    inputs: tuple[InputFile, ...]
+    files: tuple[TaskFile, ...]
     shards: ShardList
     bad_lines: int
     empty_documents: int
+    passed_over: tuple[str, ...]
 
 
 def gather_tasks(command: Command, work: Path) -> AllTasks:
     """Puts the tasks' results together. DataError if a task is not done, or an input changed since it was read."""
     found = {task: read_task(command, work, task) for task in range(1, command.tasks + 1)}
     missing = [task for task, each in found.items() if each is None]
+    if missing and command.tasks == 1:
+        raise DataError(f"{work.parent}: a prepare there was interrupted, and is not done. Run the same command again.")
     if missing:
         names = ", ".join(f"{task}/{command.tasks}" for task in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -230,8 +263,9 @@ def gather_tasks(command: Command, work: Path) -> AllTasks:
     numbers = np.array([pair for record, _ in done for pair in record.portions], np.int64).reshape(-1, 2)
     shards = ShardList.concat([shards for _, shards in done])
     return AllTasks(
-        inputs=tuple(InputFile(name=file.name, size=file.size, sha256=file.sha256) for file in files),
+        files=tuple(files),
         shards=shards.take(np.argsort(np.repeat(numbers[:, 0], numbers[:, 1]), kind="stable")),
         bad_lines=sum(record.bad_lines for record, _ in done),
         empty_documents=sum(record.empty_documents for record, _ in done),
+        passed_over=tuple(dict.fromkeys(chain.from_iterable(record.passed_over for record, _ in done))),
     )

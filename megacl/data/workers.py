@@ -88,10 +88,14 @@ def _collect(processes: dict[Connection, BaseProcess], busy: set[Connection]) ->
 def _death(process: BaseProcess) -> LaunchError:
     process.join()
     code = process.exitcode or 0
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    if code >= 0:  # once it has begun, errors come back as results
+        return LaunchError(
+            f"a worker process could not start and ended with status {code}; what it said stands above. A worker "
+            'imports the script that it belongs to, which must do its work under `if __name__ == "__main__":`.'
+        )
     return LaunchError(
-        f"a worker process {how}; if the machine ran out of memory, use fewer --workers. "
-        "The same command goes on from what is done."
+        f"a worker process was killed by {signal.Signals(-code).name}; if the machine ran out of memory, use fewer "
+        "--workers. The same command goes on from what is done."
     )
 
 

@@ -392,7 +392,7 @@ def test_a_file_is_known_by_its_content_whatever_its_name_and_date(tmp_path, mon
         again = prepare([name], **arguments)
         assert (again.generation, again.tokens) == (1, report.tokens)
     Path("more.jsonl").write_text('{"text": "mehr"}\n')
-    with pytest.raises(DataError, match=r"out: generation 1 holds copy\.jsonl already, as large\.jsonl\. Leave it out"):
+    with pytest.raises(DataError, match=r"out: generation 1 holds copy\.jsonl already, as /.*/large\.jsonl\."):
         prepare(["more.jsonl", "copy.jsonl"], **arguments)
     assert contents(Path("out")) == before
     assert prepare(["more.jsonl"], **arguments).generation == 2
@@ -582,6 +582,24 @@ def test_killed_at_any_moment_the_same_command_goes_on_to_the_same_bytes(
     assert contents(out) == undisturbed
     assert kept <= {file.stat().st_ino for file in out.glob("train-*")}  # not done again
     assert not (out / ".prepare").exists()
+
+
+def test_a_script_that_does_not_keep_its_work_from_its_workers_is_told_so(tmp_path, large, tokenizer):
+    (tmp_path / "script.py").write_text(
+        "import sys\nfrom megacl.data.prepare import prepare\nfrom megacl.data.tokenizer import load_tokenizer\n"
+        f"prepare([sys.argv[1]], tokenizer=load_tokenizer(sys.argv[2]), out='out', workers=2, block_bytes={BLOCK})\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "script.py", str(large), str(tokenizer.file)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert "LaunchError: a worker process could not start" in last
+    assert 'under `if __name__ == "__main__":`' in last
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -50,6 +50,22 @@ def test_tasks_are_prepared_merged_and_cleared_of_duplicates(raw, tmp_path, caps
     assert (status, err) == (2, "ConfigError: say what a duplicate is: --exact, or --near SIMILARITY, such as 0.8.\n")
 
 
+@pytest.mark.parametrize(
+    ("others", "line"),
+    [
+        (1, "passed over: 1 file of another kind, {raw}/0.out"),
+        (3, "passed over: 3 files of other kinds, {raw}/0.out, {raw}/1.out, {raw}/2.out"),
+        (4, "passed over: 4 files of other kinds, {raw}/0.out, {raw}/1.out, {raw}/2.out, ..."),
+    ],
+)
+def test_files_of_other_kinds_are_named_in_the_last_line(raw, tmp_path, capsys, others, line):
+    for number in range(others):
+        (raw / f"{number}.out").touch()
+    common = ["prepare", str(raw), "--tokenizer", str(tmp_path / "small.model"), "--out", str(tmp_path / "out")]
+    status, said, _ = command_line(capsys, *common, "--validation", "0", "--workers", "1")
+    assert (status, said.splitlines()[-1]) == (0, line.format(raw=raw))
+
+
 def test_what_prepare_leaves_out_is_printed(raw, tmp_path, capsys):
     out, other = tmp_path / "out", tmp_path / "other"
     common = ["prepare", "--tokenizer", str(tmp_path / "small.model"), "--workers", "1"]

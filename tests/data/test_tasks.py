@@ -143,6 +143,73 @@ def test_a_prepare_does_not_clear_away_the_tasks_of_another(tmp_path, raw, texts
     assert kept <= {file.stat().st_ino for file in out.glob("*.arrow")}
 
 
+def test_tasks_of_a_command_without_what_others_have_done_are_refused_and_of_a_mended_one_go_on(
+    tmp_path, raw, texts, tokenizer
+):
+    out, more = tmp_path / "out", tmp_path / "more"
+    prepare(**arguments(raw, tokenizer, out, task=(1, 2)))
+    for number in range(4):
+        write_lines(more / f"{number}.jsonl", [f"{text} {number}" for text in texts[:50]])
+    before = contents(out)
+    with pytest.raises(DataError, match=r"tasks of another prepare wait there .* and they did .*\.jsonl") as caught:
+        prepare(**arguments(more, tokenizer, out, task=(1, 2)))
+    assert "\n" not in str(caught.value)
+    assert contents(out) == before
+    inputs = [str(raw), str(more)]  # the first command and more
+    for number in (1, 2, 3):
+        prepare(**{**arguments(raw, tokenizer, out, task=(number, 3)), "inputs": inputs})
+    assert merge(out).documents == 700
+
+
+def test_a_file_of_another_kind_that_comes_between_two_tasks_is_only_passed_over(tmp_path, texts, tokenizer):
+    for number in range(4):
+        write_lines(tmp_path / "raw" / f"{number}.jsonl", texts[number * 50 : number * 50 + 50])
+    out = tmp_path / "out"
+    prepare(**arguments(tmp_path / "raw", tokenizer, out, task=(1, 2)))
+    (tmp_path / "raw" / "slurm-1.out").write_text("a log")
+    prepare(**arguments(tmp_path / "raw", tokenizer, out, task=(2, 2)))
+    merged = merge(out)
+    assert (merged.documents, merged.passed_over) == (200, (f"{tmp_path}/raw/slurm-1.out",))
+
+
+def test_a_task_whose_files_are_part_of_an_earlier_generation_says_what_a_prepare_says(tmp_path, texts, tokenizer):
+    a = str(write_lines(tmp_path / "a.jsonl", texts[:300]))
+    b = str(write_lines(tmp_path / "b.jsonl", texts[300:]))
+    out = tmp_path / "out"
+    prepare(**{**arguments(tmp_path, tokenizer, out), "inputs": [a]})
+    both = {**arguments(tmp_path, tokenizer, out), "inputs": [a, b]}
+    for task in ((1, 2), None):  # the larger file is the first task's
+        with pytest.raises(DataError, match=r"generation 1 holds .*a\.jsonl already\. Leave it out"):
+            prepare(**both, task=task)
+    prepare(**both, task=(2, 2))
+    with pytest.raises(DataError, match="task 1/2 is not done"):
+        merge(out)
+
+
+def test_files_of_one_name_in_two_folders_are_two_files_wherever_a_command_runs(
+    tmp_path, texts, tokenizer, monkeypatch
+):
+    out = tmp_path / "out"
+    for month, some in (("1", texts[:200]), ("2", texts[200:400])):
+        write_lines(tmp_path / month / "docs.jsonl", some)
+        monkeypatch.chdir(tmp_path / month)
+        report = prepare(**{**arguments(tmp_path, tokenizer, out), "inputs": ["docs.jsonl"]})
+        assert report.generation == int(month)
+    write_lines(tmp_path / "1" / "docs.jsonl", texts[:210])
+    with pytest.raises(DataError, match=r"^\.\./1/docs\.jsonl: generation 1 of .* holds a file of this name"):
+        prepare(**{**arguments(tmp_path, tokenizer, out), "inputs": ["../1/docs.jsonl"]})
+
+
+def test_a_merge_after_an_interrupted_prepare_says_to_run_it_again(tmp_path, raw, texts, tokenizer):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "good"}\nbad\n')
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"bad\.jsonl:2"):
+        prepare(**arguments(bad, tokenizer, out))
+    with pytest.raises(DataError, match=r"out: a prepare there was interrupted, .* Run the same command again\.$"):
+        merge(out)
+
+
 def test_an_input_that_changed_after_its_task_is_named(tmp_path, texts, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = [write_lines(Path(f"{number}.jsonl"), texts[number * 200 : number * 200 + 200]) for number in (0, 1)]
@@ -213,6 +280,12 @@ def test_every_file_is_in_one_portion_and_every_portion_in_one_task(sizes, block
     loads = [sum(file.size for index in share for file in portions[index]) for share in shares]
     largest = max((sum(file.size for file in portion) for portion in portions), default=0)
     assert max(loads) - min(loads) <= largest
+
+
+def test_shares_beyond_the_portions_cost_nothing():
+    files = [RawFile(str(index), "jsonl", "", (str(index),), 10, 0) for index in range(3)]
+    portions = cut_portions(files, 10)
+    assert [portions_of_task(portions, task, 10**15) for task in (1, 2, 3, 4, 10**15)] == [[0], [1], [2], [], []]
 
 
 # ---------------------------------------------------------------------------------------------- interruptions
