@@ -61,8 +61,10 @@ def megacl(file: str, tokenizer: str, out: str) -> None:
     begun = time.perf_counter()
     prepare([file], tokenizer=load_tokenizer(tokenizer), out=out, validation=0)
     seconds = time.perf_counter() - begun
-    memory = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(seconds, 1024 * memory)
+    # Not this process's own ru_maxrss, which begins with the peak of the process that started it.
+    status = Path("/proc/self/status").read_text()
+    own = int(status.split("VmHWM:")[1].split()[0])
+    print(seconds, 1024 * max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 
 
 def measure(name: str, file: Path, tokenizer: Path, work: Path, peers: Path | None) -> tuple[float, int]:
