@@ -64,10 +64,13 @@ def run_on_workers(
         while busy:
             yield from _collect(processes, busy)
     finally:
-        for process in processes.values():
+        # One may not have been started: a signal can end this while it is. Its other end closes, which ends it.
+        begun = [process for process in processes.values() if process.pid is not None]
+        for process in begun:
             process.terminate()
-        for pipe, process in processes.items():
+        for process in begun:
             process.join()
+        for pipe in processes:
             pipe.close()
 
 
