@@ -145,7 +145,8 @@ def evaluate(
     """Loss, perplexity and bits per byte on held-out documents, per source; for a run also what it forgot."""
     import json
 
-    from megacl.evaluate import evaluate_sources, open_named, sources_of, table_text
+    from megacl.evaluate import evaluate_sources, open_named, sources_of
+    from megacl.log import table_text
     from megacl.resume import shard_cache
 
     with _open_model(model) as (checkpoint, engine, ranks):
@@ -183,8 +184,8 @@ def evaluate(
 
 
 def _print_forgetting(run_dir: Path) -> None:
-    from megacl.evaluate import forgetting_table, table_text
-    from megacl.log import read_metrics
+    from megacl.evaluate import forgetting_table
+    from megacl.log import read_metrics, table_text
 
     evaluations = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "evaluation"]
     table = forgetting_table(evaluations)

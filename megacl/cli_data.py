@@ -47,7 +47,7 @@ def inspect(
     import json
 
     from megacl.data.overview import QUANTILES, look_into
-    from megacl.evaluate import table_text
+    from megacl.log import table_text
 
     found = look_into(folder, generation, documents)
     if json_output:
@@ -217,7 +217,7 @@ def _print_removed(report: "RemoveReport | None") -> None:
 
 
 def _print_sightings(sightings: "Sequence[Sighting]", problems: Sequence[str]) -> None:
-    from megacl.evaluate import table_text
+    from megacl.log import table_text
 
     if not sightings:
         print("no run there saw them")
@@ -287,7 +287,7 @@ def plan(
     import json
 
     from megacl.configfile import load_arguments
-    from megacl.evaluate import table_text
+    from megacl.log import table_text
     from megacl.plan import phase_line, plan_data
 
     run = load_arguments(config)

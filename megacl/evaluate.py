@@ -11,7 +11,7 @@ and models with different tokenizers compare by bits per byte.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -218,15 +218,3 @@ def _row(source: str, losses: list[tuple[str, float]]) -> ForgettingRow:
         forgetting=max(last - min(earlier), 0.0) if earlier else 0.0,  # in this order, a NaN stays one
         gain=losses[0][1] - last,
     )
-
-
-def table_text(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
-    """Lines of a plain table: first column to the left, numbers to the right."""
-    cells = [header, *rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    for row in cells:
-        first, *rest = (
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join([first, *rest]).rstrip()

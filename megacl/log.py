@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -158,3 +158,15 @@ def _to_tensorboard(writer: Any, kind: str, values: dict[str, Any]) -> None:
         for source, result in values["sources"].items():
             if result["loss"] is not None:
                 writer.add_scalar(f"loss/{source}", result["loss"], values["step"])
+
+
+def table_text(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    """Lines of a plain table: first column to the left, numbers to the right."""
+    cells = [header, *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for row in cells:
+        first, *rest = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join([first, *rest]).rstrip()

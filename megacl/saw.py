@@ -232,7 +232,6 @@ class _Folder:
             vocab_size=state.tokenizer.vocab_size,
             eos_id=state.tokenizer.eos_id,
             held_out=state.validation,
-            train_documents=positions.documents,
             train=positions,
             validation=positions,
         )

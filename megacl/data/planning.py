@@ -201,7 +201,7 @@ def asked_weights(
     weights = {}
     for name, given in mixture.items():
         source = sources[name]
-        size = {"given": 1, "tokens": source.train.tokens, "documents": source.train_documents}[phase.weights_by]
+        size = {"given": 1, "tokens": source.train.tokens, "documents": source.train.documents}[phase.weights_by]
         if not size:
             raise DataError(f"source {name!r} ({source.path}) has no training documents; prepare more of them.")
         weights[name] = Fraction(repr(given)) * size

@@ -132,7 +132,6 @@ class Source:
     vocab_size: int  # of the tokenizer: every token is below it
     eos_id: int
     held_out: float  # the part of the documents that is held out, by their hashes
-    train_documents: int
     train: TokenStream
     validation: TokenStream
     window: int | None = None  # the order that its user asks for: data/sequences.py
@@ -182,7 +181,6 @@ def open_source(
         vocab_size=manifest.tokenizer.vocab_size,
         eos_id=manifest.tokenizer.eos_id,
         held_out=manifest.validation,
-        train_documents=shards.totals("train").documents,
         train=TokenStream(folder, shards.split("train"), manifest.dtype),
         validation=TokenStream(folder, shards.split("validation"), manifest.dtype),
     )

@@ -18,8 +18,8 @@ STRIDE = 100_000
 class CountingStream:
     """A token stream that holds its own positions."""
 
-    def __init__(self, number: int, tokens: int, shards: int) -> None:
-        self.number, self.tokens = number, tokens
+    def __init__(self, number: int, tokens: int, documents: int, shards: int) -> None:
+        self.number, self.tokens, self.documents = number, tokens, documents
         edges = np.linspace(0, tokens, shards + 1).astype(np.int64)
         self.begins, self.ends = edges[:-1], edges[1:]
 
@@ -30,17 +30,22 @@ class CountingStream:
 
 
 def counting_source(number: int, tokens: int, documents: int = 1, shards: int = 1, window: int | None = None) -> Any:
+    train = CountingStream(number, tokens, documents, shards)
+    return source_of(train, f"s{number}", f"fingerprint-{number}-{tokens}", window=window)
+
+
+def source_of(train: Any, name: str, fingerprint: str, **more: Any) -> Any:
+    """A source whose training stream is given."""
     return SimpleNamespace(
-        name=f"s{number}",
-        path=f"/data/s{number}",
-        folder=Path(f"/data/s{number}"),
+        name=name,
+        path=f"/data/{name}",
+        folder=Path(f"/data/{name}"),
         generation=1,
         since=0,
-        window=window,
-        fingerprint=f"fingerprint-{number}-{tokens}",
+        fingerprint=fingerprint,
         tokenizer_fingerprint="tokenizer",
-        train_documents=documents,
-        train=CountingStream(number, tokens, shards),
+        train=train,
+        **more,
     )
 
 

@@ -1,7 +1,6 @@
 """Packing by best fit against its rules, applied one by one, and against first fit."""
 
 import itertools
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from conftest import Prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import begin, finish, phase_config
+from streams import begin, finish, phase_config, source_of
 
 from megacl.data.loader import Loader
 from megacl.data.packing import PADDING, PackedSequences, pack
@@ -127,7 +126,7 @@ class ListedStream:
         self.shards = shards
         self.ends = np.cumsum([sum(lengths) for lengths in shards])
         self.begins = np.append(0, self.ends[:-1])
-        self.tokens = int(self.ends[-1])
+        self.tokens, self.documents = int(self.ends[-1]), sum(map(len, shards))
         self.values = np.arange(self.tokens, dtype=np.int64) + 1000
         ends_of_documents = np.cumsum([length for lengths in shards for length in lengths])
         self.values[ends_of_documents - 1] = EOS
@@ -143,19 +142,7 @@ class ListedStream:
 
 
 def listed_source(shards: list[list[int]], name: str = "s") -> Any:
-    return SimpleNamespace(
-        name=name,
-        path=f"/data/{name}",
-        folder=Path(f"/data/{name}"),
-        generation=1,
-        since=0,
-        window=None,
-        fingerprint=f"{name} {shards}",
-        tokenizer_fingerprint="tokenizer",
-        eos_id=EOS,
-        train_documents=sum(map(len, shards)),
-        train=ListedStream(shards),
-    )
+    return source_of(ListedStream(shards), name, f"{name} {shards}", window=None, eos_id=EOS)
 
 
 sources = st.lists(lengths_of_a_shard, min_size=1, max_size=4)
