@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from megacl.evaluate import forgetting_table, table_text
-from megacl.log import read_metrics
+from megacl.evaluate import forgetting_table
+from megacl.log import read_metrics, table_text
 
 REPLAY, NO_REPLAY, PAGE = Path("demo/replay-25"), Path("demo/replay-0"), Path("demo/report.html")
 
