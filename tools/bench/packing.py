@@ -53,7 +53,7 @@ def drawn() -> None:
 
 def prepared(folder: str) -> None:
     source = open_source(folder)
-    print(f"{folder}: {len(source.train.shards)} shards, {source.train_documents:,} documents")
+    print(f"{folder}: {len(source.train.shards)} shards, {source.train.documents:,} documents")
     for seq_length in (512, 2048):
         packed, cut = PackedSequences(source, seq_length, 0), Sequences(source, seq_length, 0)
         begun = time.perf_counter()
