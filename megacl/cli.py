@@ -277,7 +277,7 @@ def _open_model(reference: str) -> "Iterator[tuple[Checkpoint, Engine, Ranks]]":
     ranks = start_ranks(timeout=config.engine.timeout)
     try:
         kind = config.engine.kind if ranks.world_size > 1 else "native"
-        model = build_model(config.model, seed=config.seed)
+        model = build_model(config.model, seed=config.seed, device="meta")
         if config.boundaries == "attention":
             model.document_end = checkpoint.tokenizer().eos_id
         engine = build_engine(

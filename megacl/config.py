@@ -112,7 +112,11 @@ class OptimizerConfig:
     beta2: Annotated[float, Field(ge=0, lt=1, description="the decay of the second moment")] = 0.95
     eps: Annotated[float, Field(gt=0, description="Adam's epsilon")] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, description="the decoupled weight decay")] = 0.1
+    independent_weight_decay: bool = False
+    """False: an update takes weight_decay x rate of each matrix. True: weight_decay x rate / the schedule's peak."""
     max_grad_norm: Annotated[float, Field(gt=0, description="the gradient norm to clip to")] | None = 1.0
+    z_loss: Annotated[float, Field(ge=0, description="the weight of (log Z)^2 in what is minimised")] = 0.0
+    """Z is the sum of the exponentials of a token's logits; 1e-4 is usual where it is wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +128,42 @@ class EngineConfig:
     kind: Literal["native", "deepspeed"] = "native"
     micro_batch_size: Annotated[int, Field(ge=1, description="sequences per forward pass on one rank")] | None = None
     """Null: this rank's whole share of the global batch."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """tf32: fp32 whose matrix products a GPU multiplies with 10 bits of mantissa. bf16, fp16: with fp32 masters."""
     zero_stage: Annotated[int, Field(ge=0, le=3, description="DeepSpeed's ZeRO stage")] = 1
-    activation_checkpointing: Literal["none", "full"] = "none"
+    tensor_parallel: Annotated[int, Field(ge=1, description="the number of ranks that share each layer")] = 1
+    sequence_parallel: Annotated[int, Field(ge=1, description="the number of ranks that share each sequence")] = 1
+    offload_optimizer: bool = False
+    """Masters and moments in the memory of the host (ZeRO-Offload)."""
+    activation_checkpointing: (
+        Literal["none", "full", "selective"] | tuple[Annotated[int, Field(ge=0, description="a layer")], ...]
+    ) = "none"
+    """full: layers keep their inputs alone. selective: what is cheap to compute is not kept. [0, 2]: full in those."""
     compile: bool = False
     loss_chunk: Annotated[int, Field(ge=1, description="tokens whose logits exist at one time")] = 1024
+    kernels: dict[str, str] = field(default_factory=dict)
+    """The implementation of an op, {rms_norm: reference}, where it is not to be chosen by what is here."""
+    deterministic: bool = False
+    """Only operations that give the same bits each time, on a GPU too."""
+    compare_replicas_every: (
+        Annotated[int, Field(ge=1, description="optimizer steps between two comparisons")] | None
+    ) = None
+    """Compares checksums of the weights that ranks hold alike, and names a rank that has others."""
     timeout: Annotated[float, Field(gt=0, description="seconds after which a silent rank is given up")] = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityConfig:
+    """What happens where an update would do harm. As it stands, a loss or gradient that is not finite ends the run."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    spike: Annotated[float, Field(gt=0, description="the standard deviations that make a loss a spike")] | None = None
+    """A loss so far above the mean of those before it is a spike, and its update is skipped. Null: none is."""
+    window: Annotated[int, Field(ge=10, description="how many losses the mean and the deviation are taken of")] = 100
+    skip: Annotated[int, Field(ge=0, description="how many updates in a row may be skipped")] = 0
+    go_back: Annotated[int, Field(ge=0, description="how often a run may go back to its last checkpoint")] = 0
+    """After more than `skip` in a row: the data since that checkpoint is passed over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +197,10 @@ class LoggingConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     every_steps: Annotated[int, Field(ge=1, description="optimizer steps between two lines on the terminal")] = 10
+    monitor_every_steps: Annotated[int, Field(ge=1, description="optimizer steps between two looks inside")] | None = (
+        None
+    )
+    """Null: none. Else largest attention logits, log Z, update-to-weight ratios and gradient norms of each layer."""
     tensorboard: bool = True
     """Written where the tensorboard package is installed."""
 
@@ -193,6 +231,7 @@ class RunConfig:
     """Needed where a source's path is a URL."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

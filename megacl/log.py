@@ -160,13 +160,14 @@ def _to_tensorboard(writer: Any, kind: str, values: dict[str, Any]) -> None:
                 writer.add_scalar(f"loss/{source}", result["loss"], values["step"])
 
 
-def table_text(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
-    """Lines of a plain table: first column to the left, numbers to the right."""
+def table_text(header: list[str], rows: Iterable[list[str]], align: str = "") -> Iterator[str]:
+    """Lines of a plain table. align: "l" or "r" for each column; by default "l" for the first, "r" for the others."""
     cells = [header, *rows]
+    align = align or "l" + "r" * (len(header) - 1)
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     for row in cells:
-        first, *rest = (
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join([first, *rest]).rstrip()
+        padded = [
+            cell.ljust(width) if side == "l" else cell.rjust(width)
+            for cell, width, side in zip(row, widths, align, strict=True)
+        ]
+        yield "  ".join(padded).rstrip()

@@ -17,10 +17,24 @@ def build_parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[di
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay, "decays": True},
+        {"params": vectors, "weight_decay": 0.0, "decays": False},
     ]
     return [group for group in groups if group["params"]]
+
+
+def set_rates(
+    groups: list[dict[str, Any]], config: OptimizerConfig, lr: float, weight_decay: float | None = None
+) -> None:
+    """Sets what the next update does: p <- (1 - weight_decay) p - lr x Adam's direction, the first for matrices alone.
+
+    weight_decay: None for lr x config.weight_decay. torch's AdamW multiplies a group's weight_decay by its rate, so
+    nothing decays at a rate of 0.
+    """
+    for group in groups:
+        group["lr"] = lr
+        if group["decays"] and weight_decay is not None and lr > 0:
+            group["weight_decay"] = weight_decay / lr
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -27,9 +27,8 @@ from megacl.data.store import wanted_until
 from megacl.engine import Engine, build_engine
 from megacl.errors import DataError, DivergedError, MegaclError, StoppedError
 from megacl.evaluate import EvaluationStopped, evaluate_sources, sources_of
-from megacl.kernels import chosen as kernels_chosen
 from megacl.lineage import save_lineage
-from megacl.log import RunLog
+from megacl.log import RunLog, table_text
 from megacl.model.gpt import build_model, count_parameters, flops_per_token
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
 from megacl.plan import begin_phase, check_batches, check_phases, open_phase, schedule_of
@@ -78,7 +77,7 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
             with ranks.together():
                 found = find_inputs(config, origin, opened)
                 steps = check_phases(found, log.warn)  # what would stop phase 3 stops the run before it writes
-            model = build_model(found.config.model, seed=config.seed)
+            model = build_model(found.config.model, seed=config.seed, device="meta")
             if config.boundaries == "attention":
                 model.document_end = found.inputs.tokenizer.eos_id
             engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=ranks)
@@ -146,6 +145,9 @@ class _Run:
         """Loads what there is to go on from, and trains the phases that are left."""
         origin, phases = self.origin, self.config.phases
         self.log.say(self._greeting())
+        table = [[choice.op, choice.implementation, choice.why] for choice in self.engine.kernels.choices]
+        for line in table_text(["op", "implementation", "why"], table, align="lll"):
+            self.log.say(f"  {line}")
         loaded = origin.checkpoint or origin.parent
         if loaded is not None:
             self.engine.import_state(
@@ -187,13 +189,11 @@ class _Run:
         config = self.config
         size = f"{count_parameters(config.model):,} parameters"
         what = f"{size}, {config.engine.kind} engine, {self.ranks.world_size} rank(s)"
-        forms = kernels_chosen(half=config.engine.precision != "fp32", compiled=config.engine.compile)
-        kernels = ", ".join(f"{op}: {form}" for op, form in forms.items())
         parent = self.origin.parent
         where = (
             f"from {parent.path}" if parent else f"going on at step {self.step}" if self.step else "from the beginning"
         )
-        return f"run {self.run_dir}: {what}, {kernels}; {self.total_steps} steps, {where}"
+        return f"run {self.run_dir}: {what}; {self.total_steps} steps, {where}"
 
     def _train_phase(self, index: int, samples: int) -> Outcome:
         config, phase = self.config, self.config.phases[index]
@@ -213,8 +213,8 @@ class _Run:
         loader = Loader(
             stream,
             batch_size=batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            rank=self.ranks.dp_rank,
+            world_size=self.ranks.dp_size,
             vocab_size=config.model.vocab_size,
             stage=self.engine.stage,
         )

@@ -25,7 +25,7 @@ LEVELS = [
     "data.provide data.sequences data.packing data.mixture data.replay data.planning data.stream "
     "data.lookahead data.loader "
     "model.layers model.gpt optimizer",
-    "engine engine_deepspeed checkpoint parallel.apply",
+    "engine engine.base engine.native engine.zero engine.adapter checkpoint parallel.apply",
     "convert evaluate predict plan sample resume history saw",
     "trainer",
     "release report report_run report_plots slurm",
@@ -35,7 +35,7 @@ LEVELS = [
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 
 ONLY_IN = {
-    "deepspeed": ["engine", "engine_deepspeed", "checkpoint", "parallel.ulysses"],
+    "deepspeed": ["engine", "checkpoint", "parallel.ulysses"],
     "triton": ["kernels"],
     "plotly": ["report", "report_plots"],
     "transformers": ["data.tokenizer", "convert"],

@@ -1,91 +1,132 @@
-"""The ops that have more than one form, and which form runs.
+"""The ops that have more than one implementation, and which of them runs: decided once, where a run begins.
 
-    nats = kernels.linear_cross_entropy(x_ND, weight_VD, targets_N, chunk=1024)
-    mixed_BHTE = kernels.attention(q_BHTE, k_BKTE, v_BKTE, bounds_D)
-    with kernels.using(linear_cross_entropy="reference"):   # a test runs both
-        ...
+    ops = choose_kernels(device="cuda", half=True, compiled=False, overrides={"rms_norm": "reference"})
+    model.use(ops)
+    y, total = ops.rms_norm(x, weight, 1e-5, residual)
+    for choice in ops.choices:                  # (op, implementation, why): the table that a run prints
+        print(choice)
 
-Each op has a twin in reference.py with the same signature: the definition, which tests hold against every other form.
-The form that runs is the fastest on the device, unless a test says otherwise (which torch.compile does not hear).
+Each op has a twin in reference.py with the same signature: the definition, which tests hold against every other
+implementation. What runs is the fastest on the device, unless the configuration or a test says otherwise.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megacl.kernels import chunked, reference, varlen
+from megacl.errors import ConfigError
+from megacl.kernels import chunked, fused, reference, varlen
+from megacl.kernels.reference import IGNORED
 
-IGNORED = -100
-"""The target of a token that has none: padding."""
+__all__ = ["FORMS", "IGNORED", "REFERENCE", "Choice", "Kernels", "choose_kernels"]
 
-_FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
-    "linear_cross_entropy": {
-        "chunked": chunked.linear_cross_entropy,
-        "reference": reference.linear_cross_entropy,
+Op = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A line of the table."""
+
+    op: str
+    implementation: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """An implementation of every op. The norms' inner arithmetic is in fp32 or wider; results are in x's dtype."""
+
+    rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    """(x, weight_D, eps, residual=None) -> (y, total): total = x + residual, y = total / rms(total) * weight_D."""
+    layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    """(x, weight_D, bias_D, eps, residual=None) -> (y, total), as rms_norm."""
+    rotary: Callable[..., Tensor]
+    """(x_BHTE, cos_PR, sin_PR) -> x_BHTE: turns the pairs (e, e + R), e < R, by their position's angles."""
+    swiglu: Callable[..., Tensor]
+    """gate_up [..., 2 F] -> [..., F]: silu(gate) * up; the first half is the gate."""
+    linear_gelu: Callable[..., Tensor]
+    """(x [..., D], weight_FD, bias_F) -> [..., F]: the exact (erf) GELU of x weight^T + bias."""
+    attention: Callable[..., Tensor]
+    """(q_BHTE, k_BKTE, v_BKTE, scale) -> BHTE: causal; K divides H, and query head h reads head h K // H."""
+    document_attention: Callable[..., Tensor]
+    """(q_BHTE, k_BKTE, v_BKTE, bounds_D, scale) -> BHTE: causal, inside documents.
+
+    bounds_D: int32, ascending, where the documents begin in the B rows laid end to end, and B T at last; every row
+    begins one."""
+    linear_cross_entropy: Callable[..., Tensor]
+    """(x_ND, weight_VD, targets_N, *, chunk, z_loss) -> [3] in fp32, or fp64 for fp64, also under autocast.
+
+    Sums over the tokens whose target is not IGNORED: nats + z_loss * squares, which alone has a gradient; nats, of -log
+    softmax(weight x)[target]; squares, of (log Z)^2. chunk: how many tokens' logits exist at one time; it changes
+    memory and time, not the value beyond rounding."""
+    choices: tuple[Choice, ...] = ()
+
+
+FORMS: dict[str, dict[str, Op]] = {
+    "rms_norm": {"torch": fused.rms_norm, "reference": reference.rms_norm},
+    "layer_norm": {"torch": fused.layer_norm, "reference": reference.layer_norm},
+    "rotary": {"reference": reference.rotary},
+    "swiglu": {"reference": reference.swiglu},
+    "linear_gelu": {"reference": reference.linear_gelu},
+    "attention": {"sdpa": fused.attention, "reference": reference.attention},
+    "document_attention": {
+        "flash": varlen.flash,
+        "one_by_one": varlen.one_by_one,
+        "reference": reference.document_attention,
     },
-    "attention": {"flash": varlen.flash, "one_by_one": varlen.one_by_one, "reference": reference.attention},
+    "linear_cross_entropy": {"chunked": chunked.linear_cross_entropy, "reference": reference.linear_cross_entropy},
 }
-_overridden: ContextVar[dict[str, str]] = ContextVar("_overridden", default={})  # noqa: B039 - never changed in place
+"""Every implementation of every op, by name."""
 
 
-def _fastest(op: str, *, half: bool, compiled: bool) -> str:
-    """The form of an op that is the fastest on this process's device."""
-    if op == "linear_cross_entropy":
-        return "chunked"
-    if half and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
-        return "flash"
-    # A loop over the documents must know their number: a GPU would be waited for in each layer, and a graph compiled
-    # for each number.
-    return "reference" if compiled or torch.cuda.is_available() else "one_by_one"
+def _assemble(names: Mapping[str, str], choices: tuple[Choice, ...] = ()) -> Kernels:
+    ops: dict[str, Any] = {op: FORMS[op][name] for op, name in names.items()}
+    return Kernels(**ops, choices=choices)
 
 
-def chosen(*, half: bool = False, compiled: bool = False) -> dict[str, str]:
-    """The form of each op that runs now, to be printed where a run begins.
+REFERENCE = _assemble(dict.fromkeys(FORMS, "reference"))
+"""The definitions."""
 
-    half: on values of 16 bits. compiled: under torch.compile.
+
+def choose_kernels(*, device: str, half: bool, compiled: bool, overrides: Mapping[str, str]) -> Kernels:
+    """The fastest implementation of each op, or the one that `overrides` names.
+
+    device: "cpu" or "cuda". half: on values of 16 bits. compiled: inside graphs of torch.compile. Raises ConfigError
+    where an override names what there is not.
     """
-    return {op: _fastest(op, half=half, compiled=compiled) for op in _FORMS} | _overridden.get()
+    for op, name in overrides.items():
+        if op not in FORMS:
+            raise ConfigError(f"engine.kernels names {op!r}, which is no op; there are {', '.join(FORMS)}.")
+        if name not in FORMS[op]:
+            raise ConfigError(f"engine.kernels.{op} is {name!r}; it must be one of {', '.join(FORMS[op])}.")
+    choices = tuple(
+        Choice(op, overrides[op], "engine.kernels")
+        if op in overrides
+        else Choice(op, *_fastest(op, device=device, half=half, compiled=compiled))
+        for op in FORMS
+    )
+    return _assemble({choice.op: choice.implementation for choice in choices}, choices)
 
 
-def _form(op: str, values: Tensor) -> Callable[..., Tensor]:
-    half = values.itemsize == 2
-    if torch.compiler.is_compiling():  # a graph cannot read what was overridden
-        return _FORMS[op][_fastest(op, half=half, compiled=True)]
-    return _FORMS[op][chosen(half=half)[op]]
-
-
-@contextlib.contextmanager
-def using(**forms: str) -> Iterator[None]:
-    """Runs the named ops in the named forms inside a `with` block; ValueError where there is no such op or form."""
-    for op, form in forms.items():
-        if form not in _FORMS.get(op, {}):
-            raise ValueError(f"there is no form {form!r} of an op {op!r}; there are {_FORMS}")
-    token = _overridden.set({**_overridden.get(), **forms})
-    try:
-        yield
-    finally:
-        _overridden.reset(token)
-
-
-def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int) -> Tensor:
-    """Sum over tokens of -log softmax(weight x)[target], in nats.
-
-    x_ND: floating, one row a token; weight_VD: floating, one row a vocabulary entry; targets_N: int64 in [0, V), or
-    IGNORED, which adds nothing to the sum or to a gradient. Returns a scalar in fp32 (fp64 for fp64 inputs), also under
-    autocast. chunk: how many tokens' logits exist at one time, at least 1. It changes memory and time, not the value
-    beyond rounding. Differentiable once in x and weight.
-    """
-    return _form("linear_cross_entropy", x_ND)(x_ND, weight_VD, targets_N, chunk=chunk, ignore_index=IGNORED)
-
-
-def attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D: Tensor) -> Tensor:
-    """Causal attention inside each document: softmax(q k / sqrt(E)) v over what stands before in the same document.
-
-    q_BHTE: floating, H query heads; k_BKTE, v_BKTE: K key/value heads, K dividing H; query head h reads head h K // H.
-    bounds_D: int32, ascending, where the documents begin in the B rows laid end to end, and B T at last. Every row
-    begins a document. Returns [B, H, T, E] in the dtype of q. Differentiable in q, k and v.
-    """
-    return _form("attention", q_BHTE)(q_BHTE, k_BKTE, v_BKTE, bounds_D)
+def _fastest(op: str, *, device: str, half: bool, compiled: bool) -> tuple[str, str]:
+    """(implementation, why)."""
+    match op:
+        case "linear_cross_entropy":
+            return "chunked", "all logits never exist at once"
+        case "document_attention":
+            if device == "cuda" and half and torch.cuda.get_device_capability() >= (8, 0):
+                return "flash", "one call over all documents"
+            # A loop over the documents must know their number: a GPU would be waited for in each layer, and a graph
+            # compiled for each number.
+            if compiled or device == "cuda":
+                return "reference", "flash attention wants 16 bits on a GPU of capability 8.0"
+            return "one_by_one", "no score across documents is computed"
+        case "attention":
+            return "sdpa", "PyTorch's kernel for the device"
+        case "rms_norm" | "layer_norm":
+            return "torch", "PyTorch's kernel for the device"
+        case _:
+            return "reference", "the only one"

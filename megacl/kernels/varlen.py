@@ -12,24 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def flash(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D: Tensor) -> Tensor:
-    """`kernels.attention` by flash attention: on a GPU, in 16 bits."""
-    return _over_flat(_flash, q_BHTE, k_BKTE, v_BKTE, bounds_D)
+def flash(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D: Tensor, scale: float) -> Tensor:
+    """`Kernels.document_attention` by flash attention: on a GPU, in 16 bits."""
+    return _over_flat(_flash, q_BHTE, k_BKTE, v_BKTE, bounds_D, scale)
 
 
-def one_by_one(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D: Tensor) -> Tensor:
-    """`kernels.attention`, one document after another."""
-    return _over_flat(_one_by_one, q_BHTE, k_BKTE, v_BKTE, bounds_D)
+def one_by_one(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D: Tensor, scale: float) -> Tensor:
+    """`Kernels.document_attention`, one document after another."""
+    return _over_flat(_one_by_one, q_BHTE, k_BKTE, v_BKTE, bounds_D, scale)
 
 
 def _over_flat(
-    attend: Callable[..., Tensor], q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D: Tensor
+    attend: Callable[..., Tensor], q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D: Tensor, scale: float
 ) -> Tensor:
     """attend: (q_NHE, k_NKE, v_NKE, bounds_D, longest=, scale=) -> mixed_NHE, N = B T; no document exceeds longest."""
     batch, heads, length, width = q_BHTE.shape
     # Flash attention takes widths that are multiples of 8; added zeros change neither scores nor what is mixed.
     flat = (F.pad(x.transpose(1, 2).flatten(0, 1), (0, -width % 8)) for x in (q_BHTE, k_BKTE, v_BKTE))
-    mixed_NHE = attend(*flat, bounds_D, longest=length, scale=width**-0.5)[..., :width]
+    mixed_NHE = attend(*flat, bounds_D, longest=length, scale=scale)[..., :width]
     return mixed_NHE.reshape(batch, length, heads, width).transpose(1, 2)
 
 

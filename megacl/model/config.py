@@ -10,6 +10,16 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True)
+class MupConfig:
+    """Maximal update parametrization (Yang et al. 2022, arXiv 2203.03466): the width at which the rates were tuned."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    base_hidden_size: Annotated[int, Field(ge=1, description="the hidden_size of the model that was tuned")]
+    base_head_dim: Annotated[int, Field(ge=1, description="the width of its heads")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer.
 
@@ -36,6 +46,11 @@ class ModelConfig:
     rope_theta: Annotated[float, Field(gt=0, description="the base of the rotary frequencies")] = 10000.0
     norm_eps: Annotated[float, Field(gt=0, description="the epsilon inside LayerNorm or RMSNorm")] = 1e-5
     tie_embeddings: Annotated[bool, Field(description="whether the output layer is the embedding itself")] = False
+    qk_norm: Annotated[
+        Literal["none", "layer_norm", "rms_norm"], Field(description="the norm of each head's queries and keys")
+    ] = "none"
+    mup: MupConfig | None = None
+    """Null: the standard parametrization."""
 
     @property
     def head_dim(self) -> int:

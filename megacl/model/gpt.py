@@ -1,7 +1,7 @@
 """The decoder: the block, the whole, its initial weights, its size and its cost.
 
     model = build_model(config.model, seed=config.seed)
-    nats = model(tokens_BT, targets_BT)       # a scalar: the sum over all targets but IGNORED
+    objective, nats, squares = model(tokens_BT, targets_BT)    # sums over all targets but IGNORED
     logits_BTV = model(tokens_BT)
 
 Parameters, by name. Checkpoints and conversions hold these names and shapes, so they are a contract:
@@ -22,13 +22,14 @@ Parameters, by name. Checkpoints and conversions hold these names and shapes, so
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megacl import kernels
+from megacl.kernels import REFERENCE, Kernels
 from megacl.model.config import ModelConfig
 from megacl.model.layers import Attention, GeluMLP, SwiGLUMLP, build_norm, find_documents, rotary_tables
 
@@ -44,11 +45,18 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(config)
         self.mlp = GeluMLP(config) if config.form == "gpt_neox" else SwiGLUMLP(config)
 
-    def forward(self, x_BTD: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds: Tensor | None) -> Tensor:
-        attended_BTD: Tensor = x_BTD + self.attention(self.attention_norm(x_BTD), cos_PR, sin_PR, bounds)
-        mlp_input_BTD = x_BTD if self.parallel else attended_BTD
-        x_BTD = attended_BTD + self.mlp(self.mlp_norm(mlp_input_BTD))
-        return x_BTD
+    def forward(
+        self, x_BTD: Tensor, delta_BTD: Tensor | None, cos_PR: Tensor, sin_PR: Tensor, bounds: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(x, delta) -> (x, delta), whose sum is the residual stream: a norm adds them while it reads them."""
+        normed_BTD, x_BTD = self.attention_norm(x_BTD, delta_BTD)
+        attended_BTD: Tensor = self.attention(normed_BTD, cos_PR, sin_PR, bounds)
+        if self.parallel:
+            normed_BTD, _ = self.mlp_norm(x_BTD)
+            x_BTD = x_BTD + attended_BTD
+        else:
+            normed_BTD, x_BTD = self.mlp_norm(x_BTD, attended_BTD)
+        return x_BTD, self.mlp(normed_BTD)
 
 
 class Head(nn.Module):
@@ -59,19 +67,22 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.ops = REFERENCE
         self.weight: Tensor = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, x_BTD: Tensor, targets_BT: Tensor | None, chunk: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, targets_BT: Tensor | None, *, chunk: int, z_loss: float) -> Tensor:
         if targets_BT is None:
             return F.linear(x_BTD, self.weight)
-        return kernels.linear_cross_entropy(x_BTD.flatten(0, 1), self.weight, targets_BT.flatten(), chunk=chunk)
+        x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+        return self.ops.linear_cross_entropy(x_ND, self.weight, targets_N, chunk=chunk, z_loss=z_loss)
 
 
 class GPT(nn.Module):
     """A decoder-only transformer of either form. `build_model` gives one with its initial weights.
 
-    loss_chunk: tokens whose logits exist at one time while a loss is computed.
+    loss_chunk: tokens whose logits exist at one time while a loss is computed. z_loss: the weight of (log Z)^2 in it.
     checkpoint_layers: keep only each layer's input for the backward pass and compute the layer again there.
+    initial: the whole initial weight of a parameter, by its name, fp32 on the CPU.
     document_end: the token that ends a document. With it, tokens do not look across documents and positions count from
     where each begins (`find_documents`); with None, a sequence is one text.
     """
@@ -80,13 +91,21 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.loss_chunk = 1024
+        self.z_loss = 0.0
         self.checkpoint_layers = False
         self.document_end: int | None = None
+        self.initial: Callable[[str], Tensor] = _no_initial_weight
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = build_norm(config)
         self.head = Head(config)
         self.tie()
+
+    def use(self, ops: Kernels) -> None:
+        """Computes with these implementations of the ops from now on."""
+        for module in self.modules():
+            if hasattr(module, "ops"):
+                module.ops = ops  # type: ignore[assignment]  # modules hold what they like
 
     def tie(self) -> None:
         """Makes the head's weight the embedding's, where the configuration ties them."""
@@ -97,8 +116,9 @@ class GPT(nn.Module):
         """Logits, or with targets the loss.
 
         tokens_BT: int64 in [0, vocab_size). targets_BT: int64, IGNORED where there is none.
-        Returns the sum of -log p(target) in nats, a scalar in fp32 (fp64 in an fp64 model); without targets the logits
-        [B, T, V] in the model's dtype, or [B, 1, V] of the last position with last_only.
+        With targets it returns [3] in fp32 (fp64 in an fp64 model), sums over the targets: what is minimised, -log
+        p(target) in nats, and (log Z)^2; only the first has a gradient. Without targets the logits [B, T, V] in the
+        model's dtype, or [B, 1, V] of the last position with last_only.
         """
         cos_PR, sin_PR = rotary_tables(self.config, tokens_BT.shape[1], tokens_BT.device)
         bounds = None
@@ -106,19 +126,54 @@ class GPT(nn.Module):
             bounds, positions_BT = find_documents(tokens_BT, self.document_end)
             cos_PR, sin_PR = (table_TR[positions_BT].unsqueeze(1) for table_TR in (cos_PR, sin_PR))
         x_BTD: Tensor = self.embed(tokens_BT)
+        delta_BTD: Tensor | None = None
         for layer in self.layers:
             if self.checkpoint_layers and torch.is_grad_enabled():
-                x_BTD = checkpoint(layer, x_BTD, cos_PR, sin_PR, bounds, use_reentrant=False, preserve_rng_state=False)
+                # What is kept of a layer is its input, so that is one tensor.
+                x_BTD = x_BTD if delta_BTD is None else x_BTD + delta_BTD
+                x_BTD, delta_BTD = checkpoint(
+                    layer, x_BTD, None, cos_PR, sin_PR, bounds, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x_BTD = layer(x_BTD, cos_PR, sin_PR, bounds)
+                x_BTD, delta_BTD = layer(x_BTD, delta_BTD, cos_PR, sin_PR, bounds)
+        assert delta_BTD is not None, "there is a layer"
         if last_only:
-            x_BTD = x_BTD[:, -1:]
-        result: Tensor = self.head(self.final_norm(x_BTD), targets_BT, self.loss_chunk)
+            x_BTD, delta_BTD = x_BTD[:, -1:], delta_BTD[:, -1:]
+        normed_BTD, _ = self.final_norm(x_BTD, delta_BTD)
+        result: Tensor = self.head(normed_BTD, targets_BT, chunk=self.loss_chunk, z_loss=self.z_loss)
         return result
+
+    def materialize(
+        self,
+        device: torch.device | str,
+        *,
+        part: Callable[[nn.Parameter, Tensor], Tensor] = lambda parameter, whole: whole,
+        finish: Callable[[nn.Module], None] = lambda module: None,
+    ) -> None:
+        """Gives the parameters of a model on "meta" memory and their initial weights, one module after another.
+
+        part: what this process keeps of a parameter's whole weight. finish: called with each module that holds
+        parameters of its own, when it has them, so that no more than one module is ever whole.
+        """
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for prefix, module in self.named_modules():
+            own = list(module.named_parameters(prefix, recurse=False))
+            for name, parameter in own:
+                if parameter not in made:
+                    weight = part(parameter, self.initial(name)).to(device)
+                    made[parameter] = nn.Parameter(weight)
+                    made[parameter].__dict__.update(parameter.__dict__)
+                setattr(module, name.rpartition(".")[2], made[parameter])
+            if own:
+                finish(module)
+
+
+def _no_initial_weight(name: str) -> Tensor:
+    raise AssertionError(f"{name}: only build_model gives a model its initial weights")
 
 
 def build_model(config: ModelConfig, *, seed: int, device: str = "cpu") -> GPT:
-    """The model with its initial weights in fp32 on `device`; on "meta" only the shapes.
+    """The model with its initial weights in fp32 on `device`; on "meta" it has only shapes, and knows its weights.
 
     The weights are a function of (config, seed) alone: each parameter has a generator of its own, seeded by its name.
     Matrices are normal: embedding, head and input matrices with a standard deviation of sqrt(2 / (5 hidden_size))
@@ -128,21 +183,20 @@ def build_model(config: ModelConfig, *, seed: int, device: str = "cpu") -> GPT:
     """
     with torch.device("meta"):
         model = GPT(config)
-    if device == "meta":
-        return model
-    model.to_empty(device=device)
-    model.tie()  # to_empty gives the two names memory of their own
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):
-                parameter.zero_()
-            elif parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                # Drawn on the CPU: a GPU's generator gives other numbers.
-                draw = torch.randn(parameter.shape, generator=_generator(seed, name))
-                parameter.copy_(draw.mul_(_standard_deviation(config, name)))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    model.initial = lambda name: _initial_weight(config, name, shapes[name], seed)
+    if device != "meta":
+        model.materialize(device)
     return model
+
+
+def _initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The whole of a parameter, fp32 on the CPU: a GPU's generator gives other numbers."""
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    return torch.randn(shape, generator=_generator(seed, name)).mul_(_standard_deviation(config, name))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

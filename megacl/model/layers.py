@@ -8,15 +8,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megacl import kernels
+from megacl.kernels import REFERENCE
 from megacl.model.config import ModelConfig
 
 
-def build_norm(config: ModelConfig) -> nn.Module:
+class LayerNorm(nn.Module):
+    """(x, residual) -> (norm of their sum, their sum), over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.ops, self.eps = REFERENCE, eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.ops.layer_norm(x, self.weight, self.bias, self.eps, residual)
+
+
+class RMSNorm(nn.Module):
+    """(x, residual) -> (norm of their sum, their sum), over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.ops, self.eps = REFERENCE, eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.ops.rms_norm(x, self.weight, self.eps, residual)
+
+
+def build_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
     """LayerNorm (gpt_neox) or RMSNorm (llama) over the hidden size."""
-    if config.form == "gpt_neox":
-        return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-    return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+    kind = LayerNorm if config.form == "gpt_neox" else RMSNorm
+    return kind(config.hidden_size, config.norm_eps)
 
 
 def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -35,8 +59,8 @@ def find_documents(tokens_BT: Tensor, end: int) -> tuple[Tensor, Tensor]:
 
     A document begins at each token `end`: as a target it is the last of its document, as an input it is what the first
     token of the next one is predicted from. Each row begins one, too, where it begins in the middle of a text.
-    tokens_BT: int64. Returns the bounds that `kernels.attention` takes, int32 [documents + 1], and positions, int64
-    [B, T], which count from 0 in each document.
+    tokens_BT: int64. Returns the bounds that `Kernels.document_attention` takes, int32 [documents + 1], and positions,
+    int64 [B, T], which count from 0 in each document.
     """
     begins_BT = tokens_BT == end
     begins_BT[:, 0] = True
@@ -45,17 +69,6 @@ def find_documents(tokens_BT: Tensor, end: int) -> tuple[Tensor, Tensor]:
     positions_N = torch.arange(begins_N.numel(), device=tokens_BT.device) - starts[begins_N.cumsum(0) - 1]
     bounds = F.pad(starts, (0, 1), value=begins_N.numel()).int()
     return bounds, positions_N.view_as(tokens_BT)
-
-
-def rotate(x_BHTE: Tensor, cos_PR: Tensor, sin_PR: Tensor) -> Tensor:
-    """Rotates the pairs (e, e + R) of each head, e < R, by their position's angles; what lies behind 2 R stays.
-
-    Source: Su et al. 2021, arXiv 2104.09864, with GPT-NeoX's pairing of the two halves.
-    """
-    half = cos_PR.shape[-1]
-    first, second, rest = torch.split(x_BHTE, [half, half, x_BHTE.shape[-1] - 2 * half], dim=-1)
-    turned = (first * cos_PR - second * sin_PR, second * cos_PR + first * sin_PR)
-    return torch.cat([*(part.to(x_BHTE.dtype) for part in turned), rest], dim=-1)
 
 
 class Attention(nn.Module):
@@ -67,7 +80,9 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.ops = REFERENCE
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_dim
+        self.scale = self.head_dim**-0.5
         bias = config.form == "gpt_neox"
         self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
@@ -76,27 +91,37 @@ class Attention(nn.Module):
         batch, length, _ = x_BTD.shape
         heads_BHTE = self.qkv(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         qk_BHTE, v_BKTE = torch.split(heads_BHTE, [self.heads + self.kv_heads, self.kv_heads], dim=1)
-        q_BHTE, k_BKTE = torch.split(rotate(qk_BHTE, cos_PR, sin_PR), [self.heads, self.kv_heads], dim=1)
+        qk_BHTE = self.ops.rotary(qk_BHTE, cos_PR, sin_PR)
+        q_BHTE, k_BKTE = torch.split(qk_BHTE, [self.heads, self.kv_heads], dim=1)
         if bounds is None:
-            mixed_BHTE = F.scaled_dot_product_attention(
-                q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=self.kv_heads != self.heads
-            )
+            mixed_BHTE = self.ops.attention(q_BHTE, k_BKTE, v_BKTE, self.scale)
         else:
-            mixed_BHTE = kernels.attention(q_BHTE, k_BKTE, v_BKTE, bounds)
+            mixed_BHTE = self.ops.document_attention(q_BHTE, k_BKTE, v_BKTE, bounds, self.scale)
         mixed: Tensor = self.out(mixed_BHTE.transpose(1, 2).flatten(2))
         return mixed
 
 
+class LinearGelu(nn.Linear):
+    """gelu(weight x + bias), with the exact (erf) GELU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.ops = REFERENCE
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear_gelu(x, self.weight, self.bias)
+
+
 class GeluMLP(nn.Module):
-    """down(gelu(up(x))), with the exact (erf) GELU and biases."""
+    """down(gelu(up(x))), with biases."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.mlp_size)
+        self.up = LinearGelu(config.hidden_size, config.mlp_size)
         self.down = nn.Linear(config.mlp_size, config.hidden_size)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        down: Tensor = self.down(F.gelu(self.up(x_BTD)))
+        down: Tensor = self.down(self.up(x_BTD))
         return down
 
 
@@ -105,10 +130,10 @@ class SwiGLUMLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.ops = REFERENCE
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.mlp_size, bias=False)
         self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
-        down: Tensor = self.down(F.silu(gate) * up)
+        down: Tensor = self.down(self.ops.swiglu(self.gate_up(x_BTD)))
         return down

@@ -36,6 +36,23 @@ class Ranks:
     patient: Any = field(default=None, repr=False, compare=False)
     """A process group whose collectives wait for days: for what one rank does while the others have nothing to do."""
 
+    tp_rank: int = 0
+    """Place among the ranks that share each layer."""
+    tp_size: int = 1
+    sp_rank: int = 0
+    """Place among the ranks that share each sequence."""
+    sp_size: int = 1
+
+    @property
+    def dp_rank(self) -> int:
+        """Which part of the batch's sequences is this rank's: rank = (dp_rank sp_size + sp_rank) tp_size + tp_rank."""
+        return self.rank // (self.tp_size * self.sp_size)
+
+    @property
+    def dp_size(self) -> int:
+        """Into how many parts the batch's sequences are dealt."""
+        return self.world_size // (self.tp_size * self.sp_size)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return bool(self.sum(np.array([float(flag)]))[0])

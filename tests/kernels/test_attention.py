@@ -41,8 +41,7 @@ def by_hand(q_BHTE: torch.Tensor, k_BKTE: torch.Tensor, v_BKTE: torch.Tensor, bo
 
 def run(form: str, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     """What is mixed, and the gradients of its sum weighted by place."""
-    with kernels.using(attention=form):
-        mixed = kernels.attention(*inputs)
+    mixed = kernels.FORMS["document_attention"][form](*inputs, inputs[0].shape[-1] ** -0.5)
     return mixed.detach(), *gradients(mixed, inputs)
 
 
@@ -109,10 +108,10 @@ def test_flash_attention_is_called_with_the_documents_laid_flat(monkeypatch, wid
 def test_flash_attention_has_the_signature_and_shapes_that_it_is_called_with():
     from torch._subclasses import FakeTensorMode
 
-    with FakeTensorMode(), kernels.using(attention="flash"):
+    with FakeTensorMode():
         q = torch.empty(2, 4, 30, 12, dtype=torch.bfloat16, requires_grad=True)
         k = torch.empty(2, 2, 30, 12, dtype=torch.bfloat16, requires_grad=True)
-        mixed = kernels.attention(q, k, k, torch.empty(7, dtype=torch.int32))
+        mixed = kernels.FORMS["document_attention"]["flash"](q, k, k, torch.empty(7, dtype=torch.int32), 0.3)
         assert mixed.shape == q.shape
         dq, dk = torch.autograd.grad(mixed.sum(), [q, k])
         assert (dq.shape, dk.shape) == (q.shape, k.shape)
@@ -123,10 +122,9 @@ def test_a_gpu_never_runs_the_loop_over_documents(monkeypatch, capability, half)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     for compiled in (False, True):
-        assert kernels.chosen(half=True, compiled=compiled)["attention"] == half
-        assert kernels.chosen(half=False, compiled=compiled)["attention"] == "reference"
-    inputs = draw(2, 10, (2, 2), 4, 0.3, seed=3)
-    torch.testing.assert_close(kernels.attention(*inputs), run("reference", inputs)[0], rtol=0, atol=0)
+        for bits16, expected in ((True, half), (False, "reference")):
+            chosen = kernels.choose_kernels(device="cuda", half=bits16, compiled=compiled, overrides={})
+            assert {c.op: c.implementation for c in chosen.choices}["document_attention"] == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention runs on a GPU")

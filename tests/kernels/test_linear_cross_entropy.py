@@ -1,5 +1,7 @@
 """The chunked loss against the definition, forward and backward."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacl import kernels
+from megacl.errors import ConfigError
+
+FORMS = kernels.FORMS["linear_cross_entropy"]
+
+
+def chunked(*inputs: torch.Tensor, chunk: int) -> torch.Tensor:
+    """The sum of the nats."""
+    return FORMS["chunked"](*inputs, chunk=chunk, z_loss=0.0)[0]
 
 
 def draw(
@@ -24,9 +34,9 @@ def draw(
 def run(form: str, inputs: tuple[torch.Tensor, ...], chunk: int) -> tuple[torch.Tensor, ...]:
     """The loss, and the gradients of 3 x loss."""
     x_ND, weight_VD, targets_N = inputs
-    with kernels.using(linear_cross_entropy=form):
-        nats = kernels.linear_cross_entropy(x_ND, weight_VD, targets_N, chunk=chunk)
-    return nats.detach(), *torch.autograd.grad(3 * nats, [x_ND, weight_VD])
+    objective, nats, _ = FORMS[form](x_ND, weight_VD, targets_N, chunk=chunk, z_loss=0.0)
+    assert objective == nats
+    return nats.detach(), *torch.autograd.grad(3 * objective, [x_ND, weight_VD])
 
 
 @settings(deadline=None)
@@ -46,10 +56,9 @@ def test_any_chunk_gives_the_loss_and_gradients_of_the_definition(tokens, hidden
 @pytest.mark.parametrize("form", ["chunked", "reference"])
 def test_gradients_agree_with_finite_differences(form):
     x_ND, weight_VD, targets_N = draw(7, 3, 5, seed=1)
-    with kernels.using(linear_cross_entropy=form):
-        assert torch.autograd.gradcheck(
-            lambda x, weight: kernels.linear_cross_entropy(x, weight, targets_N, chunk=3), (x_ND, weight_VD)
-        )
+    assert torch.autograd.gradcheck(
+        lambda x, weight: FORMS[form](x, weight, targets_N, chunk=3, z_loss=0.1)[0], (x_ND, weight_VD)
+    )
 
 
 @pytest.mark.parametrize("form", ["chunked", "reference"])
@@ -79,14 +88,14 @@ def test_one_input_alone_may_need_its_gradient():
     expected = run("reference", (x_ND, weight_VD, targets_N), 4)
     for ours in (x_ND, weight_VD):
         others = [each.detach() if each is not ours else each for each in (x_ND, weight_VD)]
-        (gradient,) = torch.autograd.grad(3 * kernels.linear_cross_entropy(*others, targets_N, chunk=4), [ours])
+        (gradient,) = torch.autograd.grad(3 * chunked(*others, targets_N, chunk=4), [ours])
         torch.testing.assert_close(gradient, expected[1] if ours is x_ND else expected[2])
 
 
 def test_nothing_is_differentiated_where_gradients_are_off():
     x_ND, weight_VD, targets_N = draw(10, 4, 6, seed=3)
     with torch.no_grad():
-        nats = kernels.linear_cross_entropy(x_ND, weight_VD, targets_N, chunk=4)
+        nats = chunked(x_ND, weight_VD, targets_N, chunk=4)
     assert nats.grad_fn is None
     torch.testing.assert_close(nats, run("reference", (x_ND, weight_VD, targets_N), 4)[0])
 
@@ -102,10 +111,10 @@ def test_logits_far_from_zero_do_not_overflow():
 def test_an_ignored_token_that_is_not_finite_does_not_spoil_the_loss():
     x_ND, weight_VD, targets_N = draw(6, 4, 5, seed=4)
     targets_N[:] = torch.tensor([0, 1, kernels.IGNORED, 2, 3, 4])
-    expected = kernels.linear_cross_entropy(x_ND, weight_VD, targets_N, chunk=4)
+    expected = chunked(x_ND, weight_VD, targets_N, chunk=4)
     poisoned = x_ND.detach().clone()
     poisoned[2] = float("nan")
-    torch.testing.assert_close(kernels.linear_cross_entropy(poisoned, weight_VD, targets_N, chunk=4), expected)
+    torch.testing.assert_close(chunked(poisoned, weight_VD, targets_N, chunk=4), expected)
 
 
 def test_only_a_chunk_of_logits_exists_at_one_time(monkeypatch):
@@ -117,19 +126,17 @@ def test_only_a_chunk_of_logits_exists_at_one_time(monkeypatch):
         return linear(x, weight)
 
     monkeypatch.setattr("torch.nn.functional.linear", counting)
-    kernels.linear_cross_entropy(*draw(23, 4, 6, seed=5), chunk=10)
+    chunked(*draw(23, 4, 6, seed=5), chunk=10)
     assert made == [10, 10, 3]
 
 
-def test_the_form_in_use_can_be_asked_for_and_is_restored():
-    before = kernels.chosen()
-    assert before["linear_cross_entropy"] == "chunked"
-    with kernels.using(linear_cross_entropy="reference"):
-        assert kernels.chosen() == {**before, "linear_cross_entropy": "reference"}
-    assert kernels.chosen() == before
-
-
-@pytest.mark.parametrize("forms", [{"linear_cross_entropy": "fast"}, {"softmax": "chunked"}], ids=str)
-def test_an_unknown_form_or_op_is_refused(forms):
-    with pytest.raises(ValueError, match="there is no form"), kernels.using(**forms):
-        pass
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"linear_cross_entropy": "fast"}, "engine.kernels.linear_cross_entropy is 'fast'; it must be one of "),
+        ({"softmax": "chunked"}, "engine.kernels names 'softmax', which is no op; "),
+    ],
+)
+def test_an_unknown_implementation_or_op_is_refused(overrides, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        kernels.choose_kernels(device="cpu", half=False, compiled=False, overrides=overrides)

@@ -40,7 +40,7 @@ PIECES = [
 ]
 
 
-def models(config: ModelConfig) -> tuple[GPT, GPT]:
+def models(config: ModelConfig, attention: str = "reference") -> tuple[GPT, GPT]:
     """One model twice, in fp64: the first keeps documents apart, the second knows nothing of them."""
     pair = []
     for end in (END, None):
@@ -50,6 +50,8 @@ def models(config: ModelConfig) -> tuple[GPT, GPT]:
             for parameter in model.parameters():
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         model.document_end = end
+        overrides = {"document_attention": attention}
+        model.use(kernels.choose_kernels(device="cpu", half=False, compiled=False, overrides=overrides))
         pair.append(model)
     return pair[0], pair[1]
 
@@ -61,9 +63,8 @@ def gradients(model: GPT) -> dict[str, torch.Tensor]:
 @ATTENTION
 @FORMS
 def test_logits_are_those_of_each_document_alone(config, attention):
-    apart, plain = models(config)
-    with kernels.using(attention=attention):
-        logits_BTV = apart(torch.tensor(ROWS))
+    apart, plain = models(config, attention)
+    logits_BTV = apart(torch.tensor(ROWS))
     expected = torch.stack([torch.cat([plain(torch.tensor([piece]))[0] for piece in row]) for row in PIECES])
     torch.testing.assert_close(logits_BTV, expected)
 
@@ -71,16 +72,15 @@ def test_logits_are_those_of_each_document_alone(config, attention):
 @ATTENTION
 @FORMS
 def test_loss_and_gradients_are_the_sums_over_the_documents_alone(config, attention):
-    apart, plain = models(config)
+    apart, plain = models(config, attention)
     targets_BT = torch.from_numpy(np.random.Generator(np.random.Philox(5)).integers(0, 31, (4, 12)))
     targets_BT[1, 3:6] = kernels.IGNORED
-    with kernels.using(attention=attention):
-        nats = apart(torch.tensor(ROWS), targets_BT)
-        nats.backward()
+    nats, *_ = apart(torch.tensor(ROWS), targets_BT)
+    nats.backward()
     alone = torch.zeros((), dtype=torch.float64)
     for row, targets_T in zip(PIECES, targets_BT, strict=True):
         for piece, targets in zip(row, targets_T.split([len(piece) for piece in row]), strict=True):
-            alone = alone + plain(torch.tensor([piece]), targets[None])
+            alone = alone + plain(torch.tensor([piece]), targets[None])[0]
     alone.backward()
     torch.testing.assert_close(nats, alone)
     torch.testing.assert_close(gradients(apart), gradients(plain))
@@ -92,7 +92,7 @@ def test_layers_computed_again_in_backward_keep_documents_apart(config):
     kept = []
     for apart.checkpoint_layers in (False, True):
         apart.zero_grad()
-        apart(torch.tensor(ROWS), torch.tensor(ROWS)).backward()
+        apart(torch.tensor(ROWS), torch.tensor(ROWS))[0].backward()
         kept.append({name: gradient.clone() for name, gradient in gradients(apart).items()})
     torch.testing.assert_close(kept[0], kept[1], rtol=0, atol=0)
 
@@ -104,13 +104,12 @@ def test_layers_computed_again_in_backward_keep_documents_apart(config):
     attention=st.sampled_from(["one_by_one", "reference"]),
 )
 def test_a_token_changes_its_own_document_alone(tokens, place, attention):
-    apart, _ = models(LLAMA)
+    apart, _ = models(LLAMA, attention)
     place = place % len(tokens)
     if tokens[place] == END:
         tokens[place] = 9
     changed = [*tokens[:place], 10, *tokens[place + 1 :]]
-    with kernels.using(attention=attention):
-        before, after = apart(torch.tensor([tokens, changed]))
+    before, after = apart(torch.tensor([tokens, changed]))
     rest = tokens[place:]
     ends = place + rest.index(END) if END in rest else len(tokens)
     differs = (before - after).abs().amax(-1) > 1e-9
@@ -128,6 +127,6 @@ def test_a_model_in_16_bits_keeps_documents_apart():
     apart, _ = models(replace(LLAMA, num_kv_heads=None))
     exact = apart(torch.tensor(ROWS))
     for attention in ("one_by_one", "reference"):
-        with kernels.using(attention=attention), torch.autocast("cpu", torch.bfloat16):
-            logits = models(replace(LLAMA, num_kv_heads=None))[0].float()(torch.tensor(ROWS))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = models(replace(LLAMA, num_kv_heads=None), attention)[0].float()(torch.tensor(ROWS))
         assert (logits - exact).norm() < 0.05 * exact.norm()

@@ -125,7 +125,7 @@ def test_the_loss_is_the_sum_over_counted_targets(config):
         log_p_BTV[b, t, targets_BT[b, t]] for b in range(3) for t in range(20) if targets_BT[b, t] != kernels.IGNORED
     )
     model.loss_chunk = 7
-    torch.testing.assert_close(model(TOKENS_BT, targets_BT), expected)
+    torch.testing.assert_close(model(TOKENS_BT, targets_BT)[1], expected)
 
 
 @FORMS
@@ -169,7 +169,7 @@ def test_layers_computed_again_in_backward_give_the_same_gradients(config):
     gradients = []
     for model.checkpoint_layers in (False, True):
         model.zero_grad()
-        model(TOKENS_BT, TOKENS_BT).backward()
+        model(TOKENS_BT, TOKENS_BT)[0].backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)

@@ -47,8 +47,8 @@ def main() -> None:
             bounds, _ = find_documents(ends_BT, 0)
             times = [causal]
             for form in forms:
-                with kernels.using(attention=form):
-                    times.append(milliseconds(lambda q=q, k=k, v=v, b=bounds: kernels.attention(q, k, v, b)))
+                attend = kernels.FORMS["document_attention"][form]
+                times.append(milliseconds(lambda q=q, k=k, v=v, b=bounds, a=attend: a(q, k, v, b, WIDTH**-0.5)))
             print(f"{length:8}  {tokens:8}  " + "".join(f"{ms:12.1f}" for ms in times), flush=True)
 
 

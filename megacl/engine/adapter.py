@@ -1,4 +1,4 @@
-"""What engine.py asks of DeepSpeed: start it, and read and write a model's state by name at every ZeRO stage.
+"""What the engine asks of DeepSpeed: start it, and read and write a model's state by name at every ZeRO stage.
 
 Written against DeepSpeed 0.19, whose inner parts it leans on where the public functions fall short:
 
@@ -27,12 +27,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacl.config import EngineConfig
+from megacl.engine.base import MOMENTS
 from megacl.errors import LaunchError
 from megacl.model.gpt import GPT
 from megacl.parallel.ranks import Ranks
 
 VERSION = "0.19"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def initialize(

@@ -1,0 +1,42 @@
+"""Engines: how a step's arithmetic is carried out. `native` on one device, `deepspeed` over the ranks of a run.
+
+    engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=ranks)
+    result = engine.step(batch.tokens, lr)
+
+Both give the same losses; a state exported from one is imported by the other, at any ZeRO stage and number of ranks.
+"""
+
+import torch
+
+from megacl.config import EngineConfig, OptimizerConfig
+from megacl.engine.base import Engine, StepResult
+from megacl.engine.native import NativeEngine
+from megacl.engine.zero import DeepSpeedEngine
+from megacl.kernels import choose_kernels
+from megacl.model.gpt import GPT
+from megacl.parallel.ranks import Ranks
+
+__all__ = ["Engine", "StepResult", "build_engine"]
+
+
+def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig, ranks: Ranks) -> Engine:
+    """The engine that the configuration asks for, around a model whose weights it takes over.
+
+    A model on "meta" is given its memory and initial weights here, no more than this rank's part. Raises LaunchError
+    where the engine cannot run so: native on several ranks, DeepSpeed of another version; ConfigError where
+    engine.kernels names what there is not.
+    """
+    ops = choose_kernels(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        half=engine.precision in ("bf16", "fp16"),
+        compiled=engine.compile,
+        overrides=engine.kernels,
+    )
+    model.use(ops)
+    model.loss_chunk, model.z_loss = engine.loss_chunk, optimizer.z_loss
+    model.checkpoint_layers = engine.activation_checkpointing == "full"
+    if engine.compile:
+        for layer in model.layers:
+            layer.compile()  # the layers share one graph, so it is compiled once
+    kind = DeepSpeedEngine if engine.kind == "deepspeed" else NativeEngine
+    return kind(model, ops, engine, optimizer, ranks)
