@@ -356,6 +356,8 @@ def sample(
         where = f"{read.source}, " + (f"packed row {read.row:,}" if read.start is None else f"token {read.start:,}")
         if read.replayed:
             where += f", replayed from {'phase ' + read.replayed_phase if read.replayed_phase else 'that source'}"
+        if read.passed_over:
+            where += ", passed over"
         print(f"--- step {read.step}, phase {read.phase}, sample {read.sample}: {where}")
         print("\n--- document ends\n".join(read.documents))
     if next(samples, None) is not None:

@@ -36,6 +36,8 @@ class ReadSample:
     phase: str
     sample: int
     """Its index in the phase."""
+    passed_over: bool
+    """Whether the model has not learned from it: its update was skipped or undone."""
     replayed: bool
     replayed_phase: str | None
     """The earlier phase whose sample it was; null where it is new, or replayed from a source by name."""
@@ -100,6 +102,7 @@ def _samples_of_step(
             step=step_of_run,
             phase=record.name,
             sample=sample,
+            passed_over=any(first <= sample < end for first, end in record.passed_over),
             replayed=bool(located.replayed[row]),
             replayed_phase=lineage.phases[phase].name if located.replayed[row] and phase >= 0 else None,
             source=names[source.fingerprint],

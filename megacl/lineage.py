@@ -2,11 +2,12 @@
 
 A lineage is a file, lineage.json, in each checkpoint and in the run directory. It holds the phases of earlier runs that
 the model went through first. Since order is arithmetic, a phase is described by its sources' fingerprints, the seed,
-the sequence length, the integer weights with the places where they change, and by how far it went; nothing else is
-stored about the order of data.
+the sequence length, the integer weights with the places where they change, by how far it went and what it passed over;
+nothing else is stored about the order of data.
 """
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,7 +20,10 @@ from megacl.errors import CheckpointError
 from megacl.model.config import STRICT
 from megacl.publish import publish_text
 
-_FORMAT, _VERSION = "megacl-lineage", 2
+_FORMAT, _VERSION = "megacl-lineage", 3
+
+Ranges = tuple[tuple[int, int], ...]
+"""[first, end) of each, ascending, none empty, with something left out between two of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +67,19 @@ class SourceRecord:
     runs_out: int | None = None
     """The phase's sample that would be the first to read it again, where the phase does not; null: none would."""
     tokens: int = 0
+    """Tokens of these draws that the model has learned from, less than they hold where samples were passed over."""
     tokens_before: int = 0
-    """Tokens that earlier phases had read from the same folder, in any cut, order and generation."""
+    """Tokens that it had learned from the same folder in earlier phases, in any cut, order and generation."""
     epochs: float = 0.0
-    """tokens_before + tokens, as a part of what there is to read: above 1, something was read twice."""
+    """tokens_before + tokens, as a part of what there is to read: above 1, something was learned from twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayedPhase:
     """An earlier phase that a phase replays, and which draws from it the phase took: [first, first + samples).
 
-    A phase of P own tokens has P // seq_length draws a round, seq_length being that of the phase that replays it.
+    A phase that has learned from P tokens of its own has P // seq_length draws a round, seq_length being that of the
+    phase that replays it.
     """
 
     phase: str
@@ -121,7 +127,11 @@ class PhaseRecord:
     budget_samples: int
     samples: int = 0
     """Samples seen, replayed ones included; budget_samples once the phase is over."""
+    passed_over: Ranges = ()
+    """Those of the samples seen that the model has not learned from: their update was skipped, or undone by going back
+    to a checkpoint."""
     tokens: int = 0
+    """Tokens that the model has learned from."""
     tokenizer: str
     """Fingerprint of the tokenizer that the sources were prepared with."""
     sources: tuple[SourceRecord, ...]
@@ -139,15 +149,35 @@ class PhaseRecord:
         """The sources of the mixture, and those that are replayed by name."""
         return (*self.sources, *(self.replay.from_sources if self.replay else ()))
 
+    def replayed_before(self, samples: int) -> int:
+        """How many of the phase's first `samples` samples are replayed ones."""
+        return samples * self.replay.fraction.numerator // self.replay.fraction.denominator if self.replay else 0
+
+    def own_before(self, samples: int) -> int:
+        """How many of the phase's first `samples` samples are its own."""
+        return samples - self.replayed_before(samples)
+
     @property
-    def replayed_samples(self) -> int:
-        """How many of the samples seen were replayed ones."""
-        return self.samples * self.replay.fraction.numerator // self.replay.fraction.denominator if self.replay else 0
+    def learned_samples(self) -> int:
+        """Samples seen that were not passed over."""
+        return self.samples - sum(end - first for first, end in self.passed_over)
+
+    @property
+    def learned_own(self) -> Ranges:
+        """The numbers of the own samples that the model has learned from."""
+        edges = [0, *itertools.chain(*self.passed_over), self.samples]
+        own = [self.own_before(edge) for edge in edges]
+        return tuple((first, end) for first, end in zip(own[::2], own[1::2], strict=True) if first < end)
 
     @property
     def own_samples(self) -> int:
-        """Samples seen that were not replayed: what a later phase can replay."""
-        return self.samples - self.replayed_samples
+        """How many these are: what a later phase can replay."""
+        return sum(end - first for first, end in self.learned_own)
+
+    @property
+    def updates(self) -> int:
+        """Updates that were applied, and not undone."""
+        return self.learned_samples // self.global_batch_size
 
     @property
     def budget_steps(self) -> int:
@@ -162,6 +192,13 @@ class PhaseRecord:
         """The step whose batch holds the own sample of that number, which comes when ceil(g (1 - share)) exceeds it."""
         own = 1 - self.replay.fraction if self.replay else Fraction(1)
         return self.step_of(number * own.denominator // own.numerator)
+
+
+def pass_over(ranges: Ranges, first: int, end: int) -> Ranges:
+    """The ranges and [first, end), which is not empty, together."""
+    touched = [each for each in ranges if each[0] <= end and each[1] >= first]
+    joined = (min([first, *(begin for begin, _ in touched)]), max([end, *(stop for _, stop in touched)]))
+    return tuple(sorted({*ranges} - {*touched} | {joined}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +276,9 @@ def describe(lineage: Lineage) -> str:
             f"  schedule {phase.schedule['kind']}, peak {peak}, from {phase.start_lr:.3g} to {phase.last_lr:.3g}; "
             f"optimizer state {phase.optimizer_state}"
         )
+        if phase.passed_over:
+            passed_over = phase.samples - phase.learned_samples
+            lines.append(f"  passed over {passed_over:,} of these sequences, in {len(phase.passed_over):,} places")
         lines += [f"  {line}" for line in describe_mixture(phase)]
         for source in phase.sources:
             out = "" if source.runs_out is None else f"; would run out at step {phase.step_of(source.runs_out):,}"

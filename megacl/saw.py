@@ -4,8 +4,9 @@
 
 Order is arithmetic, so nothing has to be kept for this: each phase of a run's lineage is gone through again, sample by
 sample, by where in the data its tokens lie, replays included, and no token is read. A sample saw a document if one of
-its tokens, the last one to be predicted included, is one of the document's; the EOS behind a document is not. Data is
-known by its fingerprint, so runs on a copy of the folder are found too.
+its tokens, the last one to be predicted included, is one of the document's; the EOS behind a document is not. What a
+phase passed over was not learned from and does not count. Data is known by its fingerprint, so runs on a copy of the
+folder are found too.
 """
 
 import os
@@ -88,30 +89,45 @@ def _sightings_of(run: Path, folder: "_Folder") -> Iterator[Sighting]:
     every = [load_lineage(run), *lineages.values()]
     phases: list[PhaseRecord] = []  # each as far as anything here went
     for index in range(max(len(lineage.phases) for lineage in every)):
-        reached = [lineage.phases[index] for lineage in every if len(lineage.phases) > index]
-        phases.append(max(reached, key=lambda phase: phase.samples))
-    for index, phase in enumerate(phases):
-        seen = folder.seen(Lineage(phases=tuple(phases[: index + 1])))
-        if seen is None:
-            continue
-        holding = [
-            name
-            for name, lineage in lineages.items()
-            if len(lineage.phases) > index and lineage.phases[index].samples > seen.first
-        ]
-        steps = sum(
-            -(-each.samples // each.global_batch_size) for each in phases[:index] if each.run == phase.run
-        )  # fmt: skip
-        yield Sighting(
-            run=str(run),
-            phase=phase.name,
-            phase_run=phase.run,
-            first_step=steps + seen.first // phase.global_batch_size + 1,
-            samples=seen.samples,
-            documents=seen.documents,
-            holding=tuple(holding),
-            before=tuple(name for name in lineages if name not in holding),
-        )
+        courses = _courses([lineage.phases[index] for lineage in every if len(lineage.phases) > index])
+        for phase in courses:
+            seen = folder.seen(Lineage(phases=(*phases, phase)))
+            if seen is None:
+                continue
+            holding = [
+                name
+                for name, lineage in lineages.items()
+                if len(lineage.phases) > index
+                and lineage.phases[index].samples > seen.first
+                and _is_part_of(lineage.phases[index], phase)
+            ]
+            steps = sum(-(-each.samples // each.global_batch_size) for each in phases if each.run == phase.run)
+            yield Sighting(
+                run=str(run),
+                phase=phase.name,
+                phase_run=phase.run,
+                first_step=steps + seen.first // phase.global_batch_size + 1,
+                samples=seen.samples,
+                documents=seen.documents,
+                holding=tuple(holding),
+                before=tuple(name for name in lineages if name not in holding),
+            )
+        phases.append(courses[0])
+
+
+def _courses(reached: Sequence[PhaseRecord]) -> list[PhaseRecord]:
+    """The furthest that one phase went, and, where a run went back, the furthest of each course that it gave up."""
+    courses: list[PhaseRecord] = []
+    for phase in sorted(reached, key=lambda phase: -phase.samples):
+        if not any(_is_part_of(phase, course) for course in courses):
+            courses.append(phase)
+    return courses
+
+
+def _is_part_of(phase: PhaseRecord, course: PhaseRecord) -> bool:
+    """Whether a state of a phase comes before another one of it, or is the same."""
+    before = ((first, min(end, phase.samples)) for first, end in course.passed_over if first < phase.samples)
+    return phase.samples <= course.samples and phase.passed_over == tuple(before)
 
 
 @dataclass(frozen=True)
@@ -178,15 +194,19 @@ class _Folder:
         chunk = _SAMPLES if whole else max(1, _TOKENS // (record.seq_length + 1))
         first, count, hit = -1, 0, np.zeros(len(every.begins), np.bool_)
         base_of = np.array([bases[source.fingerprint] for source in stream.sources], np.int64)
+        passed_over = np.array(record.passed_over, np.int64).ravel()
         for start in range(0, record.samples, chunk):
             samples = np.arange(start, min(start + chunk, record.samples))
+            samples = samples[np.searchsorted(passed_over, samples, side="right") % 2 == 0]
+            if not samples.size:
+                continue
             if whole:
                 located = stream.locate(samples)
                 seen = _by_stretches(every, base_of[located.source] + located.start, record.seq_length + 1, hit)
             else:
                 seen = _by_positions(every, stream.read(samples), hit)
             if count == 0 and seen.any():
-                first = start + int(np.argmax(seen))
+                first = int(samples[np.argmax(seen)])
             count += int(seen.sum())
         return _Seen(first, count, len(np.unique(every.hashes[hit]))) if count else None
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megacl.data.source import open_source
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.data.tokenizer import load_tokenizer
 from megacl.errors import ConfigError
-from megacl.lineage import Lineage, load_lineage
+from megacl.lineage import Lineage, load_lineage, save_lineage
 from megacl.trainer import train
 
 Capture = pytest.CaptureFixture[str]
@@ -263,6 +264,17 @@ def test_samples_are_shown_up_to_a_limit_with_where_they_begin(whole: Path, caps
     assert out.count("--- step 3, phase mixed, sample ") == 2
     assert ": english, token " in out
     assert err == "these steps have more samples than --limit 2\n"
+
+
+def test_samples_that_the_run_passed_over_are_shown_as_such(whole: Path, tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("checkpoints"))
+    mixed, later = load_lineage(whole).phases
+    save_lineage(Lineage(phases=(replace(mixed, passed_over=((40, 60),)), later)), run)
+    status, out, _ = command_line(capsys, "data", "sample", str(run), "--steps", "2:3", "--limit", "40")
+    assert status == 0
+    heads = [line for line in out.splitlines() if line.startswith("--- step ")]
+    assert [line.endswith(", passed over") for line in heads] == [False] * 20 + [True] * 20
 
 
 @pytest.mark.parametrize(

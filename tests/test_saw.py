@@ -173,6 +173,32 @@ def test_checkpoints_hold_the_documents_from_the_sample_on_that_saw_them(tmp_pat
         assert (later.first_step, later.before, later.holding) == (first, (), (f"{tmp_path}/runs/later@5",))
 
 
+def test_what_a_run_passed_over_is_seen_by_none_but_the_checkpoints_that_learned_from_it(tmp_path, ours, sources):
+    """It goes back from step 6 to step 2, having been stopped at step 5, whose checkpoint stays; 12 steps in all."""
+    stream = begin(
+        Lineage(), phase_config("one-source", {"old": 1}, 12), {"old": sources["old"]}, seq_length=16, batch=6
+    )
+    tokens = stream.read(np.arange(72))
+    passed_over = {2: (), 4: ((18, 24),), 5: ((18, 24),), 6: ((12, 36),), 9: ((12, 36),), 12: ((12, 36), (60, 66))}
+    partial = {step: finish(Lineage(), stream, 6 * step, lost) for step, lost in passed_over.items()}
+    save_run(tmp_path / "runs" / "run", partial[12], partial)
+    kinds = set()
+    for code in sorted(ours.documents):
+        saw = np.isin(tokens, ours.documents[code]).any(axis=1)
+        learned = {step: saw[: 6 * step].copy() for step in passed_over}
+        for step, lost in passed_over.items():
+            for first, end in lost:
+                learned[step][first:end] = False
+        sightings, problems = look(ours, [code], [tmp_path / "runs"])
+        assert problems == []
+        holding = {name for each in sightings for name in each.holding}
+        assert holding == {f"{tmp_path}/runs/run@{step}" for step, hits in learned.items() if hits.any()}
+        main = [each.samples for each in sightings if f"{tmp_path}/runs/run@12" in each.holding]
+        assert main == ([learned[12].sum()] if learned[12].any() else [])
+        kinds.add((learned[5].any(), learned[12].any()))
+    assert kinds == {(False, False), (True, False), (False, True), (True, True)}
+
+
 def test_runs_on_a_copy_of_the_folder_are_found_and_runs_on_other_data_are_not(tmp_path, ours, other, lineages):
     lineage, _ = lineages[0]
     text = lineage.dump().replace(str(ours.path), "/gone/elsewhere")

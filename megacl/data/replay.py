@@ -3,13 +3,13 @@
 Sample g of a phase is a replayed one iff floor((g + 1) s) > floor(g s), s being the share as an exact fraction: the
 first g samples hold floor(g s) of them, each batch its part, and the phase's token budget stays what it was.
 
-A replayed sample reads an earlier phase's own samples again (never what that phase itself replayed), in the order in
-which they were first seen, or under the policy `uniform` in a permutation of them, and round after round. Under another
-seq_length that phase's token stream is cut anew, in the order in which it was visited.
+A replayed sample reads an earlier phase's own samples again (never what that phase itself replayed or passed over), in
+the order in which they were first seen, or under the policy `uniform` in a permutation of them, and round after round.
+Under another seq_length that phase's token stream is cut anew, in the order in which it was visited.
 
 A policy is weights over the earlier phases. With a_i the age of phase i where a new one begins:
 
-    original, uniform   tokens of its own that phase i saw    every earlier sample is equally likely
+    original, uniform   own tokens that phase i learned from: every earlier sample is equally likely
     power_law           (a_i + 1)^-d
     exponential         exp(-d a_i)
     latest              1 for the newest phase, 0 for the others
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from megacl.config_phase import ReplayConfig
 from megacl.data.order import Int64, order_key
-from megacl.lineage import Lineage, PhaseRecord, ReplayedPhase
+from megacl.lineage import Lineage, PhaseRecord, Ranges, ReplayedPhase
 
 
 def replayed_before(samples: Int64, share: Fraction) -> Int64:
@@ -80,7 +80,7 @@ def _ages(lineage: Lineage, *, in_tokens: bool) -> dict[str, float]:
 
 
 def draws_in_a_round(phase: PhaseRecord, seq_length: int) -> int:
-    """Sequences of `seq_length` that a phase's own samples hold."""
+    """Sequences of `seq_length` that the own samples hold from which a phase has learned."""
     return phase.own_samples * phase.seq_length // seq_length
 
 
@@ -120,6 +120,20 @@ def next_draw(lineage: Lineage, name: str, *, permuted: bool, seq_length: int) -
 def replay_key(phase: PhaseRecord, seq_length: int) -> int:
     """The key of the permutation in which the policy `uniform` reads a phase's own samples, cut to `seq_length`."""
     return order_key(seed=phase.seed, fingerprint=f"replay of phase {phase.name}", seq_length=seq_length)
+
+
+class Kept:
+    """The numbers that lie in some ranges, counted 0, 1, 2, ...: what is left of a phase that passed something over."""
+
+    def __init__(self, ranges: Ranges) -> None:
+        first, end = np.array(ranges, dtype=np.int64).reshape(-1, 2).T
+        self._upto = np.cumsum(end - first)
+        self._shift = end - self._upto
+
+    def numbers(self, indices: Int64) -> Int64:
+        """Which number each index, [N] in [0, count), stands for: int64 [N] -> int64 [N]."""
+        result: Int64 = indices + self._shift[np.searchsorted(self._upto, indices, side="right")]
+        return result
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ tokens = stream.read(np.arange(64))                     # int64 [64, T + 1]
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -15,12 +16,12 @@ from numpy.typing import NDArray
 from megacl.data.mixture import Mixture
 from megacl.data.order import Int64, permuted
 from megacl.data.packing import PackedSequences
-from megacl.data.replay import Recut, is_replayed, replay_key, replayed_before, times_replayed
+from megacl.data.replay import Kept, Recut, is_replayed, replay_key, replayed_before, times_replayed
 from megacl.data.sequences import AnySequences, build_sequences
 from megacl.data.source import Source, open_source
 from megacl.data.store import ShardCache
 from megacl.errors import DataError
-from megacl.lineage import Lineage, MixturePiece, PhaseRecord, SourceRecord
+from megacl.lineage import Lineage, MixturePiece, PhaseRecord, Ranges, SourceRecord
 
 OpenSource = Callable[[SourceRecord], Source]
 
@@ -73,10 +74,12 @@ class _OwnSamples:
     numbers: Int64
     """The sources' places in the stream's list."""
     mixture: Mixture
+    kept: Kept | None = None
+    """Of a phase that is replayed: its own samples that count, where it passed some over."""
 
     def locate(self, samples: Int64) -> tuple[Int64, Int64]:
         """(index among this phase's sources, start) of own samples, int64 [N]."""
-        source, draw = self.mixture.locate(samples)
+        source, draw = self.mixture.locate(samples if self.kept is None else self.kept.numbers(samples))
         draw = draw + self.firsts[source]
         starts = np.empty_like(samples)
         for index, cut in enumerate(self.cuts):
@@ -132,6 +135,7 @@ class PhaseStream:
         self._own = self._samples_of(record, record.sources, record.mixture)
         self._replayed_phases: list[_Replayed] = []
         self._replayed_sources: _OwnSamples | None = None
+        self._lost = functools.lru_cache(maxsize=1)(self._count_lost)  # asked at every step, and seldom another
         replay = record.replay
         if replay is None:
             return
@@ -140,6 +144,8 @@ class PhaseStream:
         for entry in replay.from_:
             earlier = lineage.phases[by_name[entry.phase]]
             own = self._samples_of(earlier, earlier.sources, earlier.mixture)
+            if earlier.passed_over:
+                own = dataclasses.replace(own, kept=Kept(earlier.learned_own))
             recut = Recut(own.read, earlier.own_samples, earlier.seq_length, record.seq_length)
             key = replay_key(earlier, record.seq_length) if replay.policy == "uniform" else None
             self._replayed_phases.append(_Replayed(by_name[entry.phase], own, recut, entry.first, key))
@@ -258,37 +264,57 @@ class PhaseStream:
             if which.size:
                 yield which, replayed_phase, replayed_phase.pieces(number[which])
 
-    def seen(self, samples: int, last_lr: float) -> PhaseRecord:
-        """The phase's record after its first `samples` samples, of which the last was learned at rate `last_lr`."""
-        record = dataclasses.replace(self.record, samples=samples, tokens=samples * self.seq_length, last_lr=last_lr)
-        sources = self._counted(record.sources, self._own, record.own_samples)
+    def seen(self, samples: int, last_lr: float, passed_over: Ranges | None = None) -> PhaseRecord:
+        """The phase's record after its first `samples` samples, of which the last was learned at rate `last_lr`.
+
+        passed_over: those from which the model has not learned; None: as in the record so far.
+        """
+        passed_over = self.record.passed_over if passed_over is None else passed_over
+        record = dataclasses.replace(self.record, samples=samples, passed_over=passed_over, last_lr=last_lr)
+        own_lost, replayed_lost = self._lost(passed_over)
+        sources = self._counted(record.sources, self._own, record.own_before(samples), own_lost)
         replay = record.replay
         if replay is not None:
-            replayed = record.replayed_samples
-            counts = self._replay_mixture.counts(replayed) if self._replayed_phases else ()
+            replayed = record.replayed_before(samples)
+            counts = self._replay_mixture.counts(replayed)
             replay = dataclasses.replace(
                 replay,
                 samples=replayed,
                 from_=tuple(
-                    dataclasses.replace(entry, samples=int(count), tokens=int(count) * self.seq_length)
-                    for entry, count in zip(replay.from_, counts, strict=True)
+                    dataclasses.replace(entry, samples=int(count), tokens=int(count - lost) * self.seq_length)
+                    for entry, count, lost in zip(replay.from_, counts, replayed_lost, strict=False)
                 ),
-                from_sources=self._counted(replay.from_sources, self._replayed_sources, replayed)
+                from_sources=self._counted(replay.from_sources, self._replayed_sources, replayed, replayed_lost)
                 if self._replayed_sources
                 else (),
             )
-        return dataclasses.replace(record, sources=sources, replay=replay)
+        tokens = record.learned_samples * self.seq_length
+        return dataclasses.replace(record, tokens=tokens, sources=sources, replay=replay)
 
-    def _counted(self, records: tuple[SourceRecord, ...], samples: _OwnSamples, total: int) -> tuple[SourceRecord, ...]:
-        return tuple(
-            dataclasses.replace(
-                record,
-                samples=int(count),
-                tokens=int(count) * self.seq_length,
-                epochs=(record.tokens_before + int(count) * self.seq_length) / (cut.n * self.seq_length),
-            )
-            for record, cut, count in zip(records, samples.cuts, samples.mixture.counts(total), strict=True)
-        )
+    def _counted(
+        self, records: tuple[SourceRecord, ...], samples: _OwnSamples, total: int, lost: Int64
+    ) -> tuple[SourceRecord, ...]:
+        def counted(record: SourceRecord, cut: AnySequences, count: int, learned: int) -> SourceRecord:
+            tokens = learned * self.seq_length
+            epochs = (record.tokens_before + tokens) / (cut.n * self.seq_length)
+            return dataclasses.replace(record, samples=count, tokens=tokens, epochs=epochs)
+
+        counts = samples.mixture.counts(total)
+        return tuple(map(counted, records, samples.cuts, counts.tolist(), (counts - lost).tolist()))
+
+    def _count_lost(self, passed_over: Ranges) -> tuple[Int64, Int64]:
+        """How many draws of each own source, and of each replayed phase or source, lie in ranges of the samples."""
+
+        def inside(mixture: Mixture, before: Callable[[int], int]) -> Int64:
+            lost = np.zeros(len(mixture.pieces[0].weights), dtype=np.int64)
+            for first, end in passed_over:
+                lost += mixture.counts(before(end)) - mixture.counts(before(first))
+            return lost
+
+        own = inside(self._own.mixture, self.record.own_before)
+        if self.record.replay is None:
+            return own, np.empty(0, dtype=np.int64)
+        return own, inside(self._replay_mixture, self.record.replayed_before)
 
     def repeats(self) -> list[str]:
         """What will have been read twice by the phase's end, a line each: sources, and phases that are replayed."""

@@ -10,7 +10,7 @@ from megacl.config_phase import PhaseConfig
 from megacl.configfile import to_tree
 from megacl.data.planning import plan_phase
 from megacl.data.stream import PhaseStream
-from megacl.lineage import Lineage
+from megacl.lineage import Lineage, Ranges
 
 STRIDE = 100_000
 
@@ -92,6 +92,9 @@ def begin(
     return PhaseStream(lineage.with_phase(record), lambda wanted: by_fingerprint[wanted.fingerprint])
 
 
-def finish(lineage: Lineage, stream: PhaseStream, samples: int | None = None) -> Lineage:
+def finish(
+    lineage: Lineage, stream: PhaseStream, samples: int | None = None, passed_over: Ranges | None = None
+) -> Lineage:
     """The lineage after the stream's phase, or after its first `samples` samples."""
-    return lineage.with_phase(stream.seen(stream.record.budget_samples if samples is None else samples, 1e-3))
+    samples = stream.record.budget_samples if samples is None else samples
+    return lineage.with_phase(stream.seen(samples, 1e-3, passed_over))

@@ -15,7 +15,7 @@ from megacl.data.order import permuted
 from megacl.data.replay import replay_key, times_replayed
 from megacl.data.stream import PhaseStream
 from megacl.errors import ConfigError, DataError
-from megacl.lineage import Lineage
+from megacl.lineage import Lineage, Ranges, pass_over
 
 POLICIES = ["original", "uniform", "power_law", "exponential", "latest"]
 
@@ -203,6 +203,72 @@ def cut(rows: list[list[int]], old_length: int, length: int, piece: int) -> list
     end = (piece + 1) * length
     label = rows[end // old_length - 1][-1] if end % old_length == 0 else tokens[end]
     return [*tokens[end - length : end], label]
+
+
+# ---------------------------------------------------------------------------------------------- what was passed over
+
+
+@settings(max_examples=60)
+@given(data=st.data(), seed=st.integers(0, 2**16))
+def test_what_a_phase_passed_over_is_counted_nowhere_and_never_replayed(data: Any, seed: int) -> None:
+    """Two phases on mixed sources, the second replays the first, the third both; each against lists of its samples."""
+    batch = data.draw(st.integers(2, 6))
+    sources = {f"s{i}": counting_source(i, 3_000) for i in range(4)}
+    lineage = Lineage()
+    kept: dict[str, list[list[int]]] = {}  # of each phase: the own samples that the model has learned from
+    for number, policy in enumerate((None, *data.draw(st.tuples(*[st.sampled_from(POLICIES)] * 2)))):
+        share = data.draw(st.sampled_from(["0.25", "0.5", "0.6"])) if policy else 0
+        replay = {"replay": {"share": float(share), "policy": policy}} if policy else {}
+        phase = phase_config(f"p{number}", {f"s{number}": 2, f"s{number + 1}": 1}, 8, **replay)
+        stream = begin(lineage, phase, sources, seq_length=4, batch=batch, seed=seed)
+        lost = data.draw(st.sets(st.integers(0, 7), max_size=6))
+        passed_over: Ranges = ()
+        for step in lost:
+            passed_over = pass_over(passed_over, step * batch, (step + 1) * batch)
+        samples = np.arange(8 * batch)
+        rows, replayed = stream.read(samples).tolist(), stream.locate(samples).replayed.tolist()
+        learned = [sample for sample in samples.tolist() if sample // batch not in lost]
+        before = {name: {tuple(row) for row in own} for name, own in kept.items()}
+        assert all(
+            any(tuple(row) in own for own in before.values())
+            for row, again in zip(rows, replayed, strict=True)
+            if again
+        ), "what is replayed was learned from before"
+        if policy == "latest":
+            own = kept[f"p{number - 1}"]
+            old = [row for row, again in zip(rows, replayed, strict=True) if again]
+            first = 0 if number == 1 else stream.record.replay.from_[0].first  # type: ignore[union-attr]
+            assert old == [own[(first + draw) % len(own)] for draw in range(len(old))], "in order, round after round"
+        kept[f"p{number}"] = [rows[sample] for sample in learned if not replayed[sample]]
+
+        lineage = finish(lineage, stream, passed_over=passed_over)
+        record = lineage.phases[-1]
+        assert (record.learned_samples, record.updates) == (len(learned), 8 - len(lost))
+        assert record.tokens == 4 * len(learned)
+        assert record.own_samples == len(kept[f"p{number}"])
+        for index, source in enumerate(record.sources):
+            place = int(source.name[1:])
+            mine = [s for s in samples.tolist() if not replayed[s] and rows[s][0] // 100_000 == place]
+            assert source.samples == len(mine), "a draw that was passed over is taken all the same"
+            assert source.tokens == 4 * len({*mine} & {*learned})
+            assert record.sources[index].epochs == (source.tokens_before + source.tokens) / (2_999 // 4 * 4)
+        for entry in record.replay.from_ if record.replay else ():
+            mine = [s for s in samples.tolist() if replayed[s] and tuple(rows[s]) in before[entry.phase]]
+            assert (entry.samples, entry.tokens) == (len(mine), 4 * len({*mine} & {*learned}))
+        if not any(kept.values()):
+            return  # nothing is left to replay, which the next phase would say
+
+
+def test_a_phase_that_passed_over_a_part_is_cut_anew_from_what_is_left() -> None:
+    sources = {f"s{i}": counting_source(i, 9_000) for i in range(2)}
+    stream = begin(Lineage(), phase_config("p0", {"s0": 1}, 6), sources, seq_length=6, batch=4)
+    rows = stream.read(np.arange(24)).tolist()
+    lineage = finish(Lineage(), stream, passed_over=((0, 4), (12, 16)))
+    left = rows[4:12] + rows[16:]
+    later = phase_config("p1", {"s1": 1}, 6, replay={"share": 0.5})
+    again = begin(lineage, later, sources, seq_length=10, batch=4)
+    _, old = rows_of(again)
+    assert old == [cut(left, 6, 10, draw % 9) for draw in range(12)]
 
 
 # ---------------------------------------------------------------------------------------------- how often
