@@ -1,4 +1,4 @@
-"""An implementation of an op held against its twin, which computes in fp64 from the same values: results and gradients."""
+"""An implementation of an op held against its twin, which computes in fp64 from the same values."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

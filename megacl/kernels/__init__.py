@@ -10,6 +10,8 @@ Each op has a twin in reference.py with the same signature: the definition, whic
 implementation. What runs is the fastest on the device, unless the configuration or a test says otherwise.
 """
 
+import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,12 +67,35 @@ class Kernels:
     choices: tuple[Choice, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Triton:
+    """An op of a module that imports Triton, which takes a second and is not everywhere: imported when needed."""
+
+    module: str
+    op: str
+
+    def load(self) -> Op:
+        op: Op = getattr(importlib.import_module(f"megacl.kernels.{self.module}"), self.op)
+        return op
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.load()(*args, **options)
+
+
 FORMS: dict[str, dict[str, Op]] = {
-    "rms_norm": {"torch": fused.rms_norm, "reference": reference.rms_norm},
-    "layer_norm": {"torch": fused.layer_norm, "reference": reference.layer_norm},
-    "rotary": {"reference": reference.rotary},
-    "swiglu": {"reference": reference.swiglu},
-    "linear_gelu": {"reference": reference.linear_gelu},
+    "rms_norm": {
+        "triton": _Triton("triton_norms", "rms_norm"),
+        "torch": fused.rms_norm,
+        "reference": reference.rms_norm,
+    },
+    "layer_norm": {
+        "triton": _Triton("triton_norms", "layer_norm"),
+        "torch": fused.layer_norm,
+        "reference": reference.layer_norm,
+    },
+    "rotary": {"triton": _Triton("triton_rotary", "rotary"), "reference": reference.rotary},
+    "swiglu": {"triton": _Triton("triton_swiglu", "swiglu"), "reference": reference.swiglu},
+    "linear_gelu": {"triton": _Triton("triton_gelu", "linear_gelu"), "reference": reference.linear_gelu},
     "attention": {"sdpa": fused.attention, "reference": reference.attention},
     "document_attention": {
         "flash": varlen.flash,
@@ -83,7 +108,8 @@ FORMS: dict[str, dict[str, Op]] = {
 
 
 def _assemble(names: Mapping[str, str], choices: tuple[Choice, ...] = ()) -> Kernels:
-    ops: dict[str, Any] = {op: FORMS[op][name] for op, name in names.items()}
+    forms: dict[str, Any] = {op: FORMS[op][name] for op, name in names.items()}
+    ops = {op: form.load() if isinstance(form, _Triton) else form for op, form in forms.items()}
     return Kernels(**ops, choices=choices)
 
 
@@ -94,14 +120,20 @@ REFERENCE = _assemble(dict.fromkeys(FORMS, "reference"))
 def choose_kernels(*, device: str, half: bool, compiled: bool, overrides: Mapping[str, str]) -> Kernels:
     """The fastest implementation of each op, or the one that `overrides` names.
 
+    On a CPU that is what tools/bench/kernels.py measured to be the fastest there. On a GPU it is our Triton kernels
+    where Triton is installed. Under torch.compile, what the compiler fuses by itself (norms, rotary, activations) is
+    left to it, as the reference; it does not see that the loss can be computed in chunks, so that stays a kernel.
+
     device: "cpu" or "cuda". half: on values of 16 bits. compiled: inside graphs of torch.compile. Raises ConfigError
-    where an override names what there is not.
+    where an override names what there is not, or what cannot run here.
     """
     for op, name in overrides.items():
         if op not in FORMS:
             raise ConfigError(f"engine.kernels names {op!r}, which is no op; there are {', '.join(FORMS)}.")
         if name not in FORMS[op]:
             raise ConfigError(f"engine.kernels.{op} is {name!r}; it must be one of {', '.join(FORMS[op])}.")
+        if missing := _missing(name, device=device, half=half):
+            raise ConfigError(f"engine.kernels.{op} is {name!r}, which cannot run here: {missing}.")
     choices = tuple(
         Choice(op, overrides[op], "engine.kernels")
         if op in overrides
@@ -111,22 +143,38 @@ def choose_kernels(*, device: str, half: bool, compiled: bool, overrides: Mappin
     return _assemble({choice.op: choice.implementation for choice in choices}, choices)
 
 
+def _missing(name: str, *, device: str, half: bool) -> str | None:
+    """What an implementation needs and does not have; None where it can run."""
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'megacl[gpu]')"
+    if name == "triton" and device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        return "Triton's kernels run on a GPU; on a CPU they are only interpreted, very slowly, with TRITON_INTERPRET=1"
+    if name == "flash" and not (device == "cuda" and half and torch.cuda.get_device_capability() >= (8, 0)):
+        return "flash attention wants 16 bits on a GPU of capability 8.0"
+    return None
+
+
 def _fastest(op: str, *, device: str, half: bool, compiled: bool) -> tuple[str, str]:
     """(implementation, why)."""
+    triton = device == "cuda" and _missing("triton", device=device, half=half) is None
     match op:
         case "linear_cross_entropy":
             return "chunked", "all logits never exist at once"
         case "document_attention":
-            if device == "cuda" and half and torch.cuda.get_device_capability() >= (8, 0):
+            if (missing := _missing("flash", device=device, half=half)) is None:
                 return "flash", "one call over all documents"
             # A loop over the documents must know their number: a GPU would be waited for in each layer, and a graph
             # compiled for each number.
             if compiled or device == "cuda":
-                return "reference", "flash attention wants 16 bits on a GPU of capability 8.0"
+                return "reference", missing
             return "one_by_one", "no score across documents is computed"
         case "attention":
             return "sdpa", "PyTorch's kernel for the device"
+        case _ if compiled:
+            return "reference", "the compiler fuses it"
+        case _ if triton:
+            return "triton", "one pass over memory"
         case "rms_norm" | "layer_norm":
             return "torch", "PyTorch's kernel for the device"
         case _:
-            return "reference", "the only one"
+            return "reference", "the only one without Triton"

@@ -113,7 +113,7 @@ def _backward(
 def _norm(
     x: Tensor, residual: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y in dtype, total (empty where there is no residual), and each row's mean (empty without a bias) and inverse deviation."""
+    """y in dtype; total, empty without a residual; each row's mean, empty without a bias, and inverse deviation."""
     y, total, mean, scale = _norm_shapes(x, residual, weight_D, bias_D, eps, dtype)
     width = weight_D.numel()
     rows = x.numel() // max(1, width)

@@ -1,6 +1,6 @@
 """silu(gate) * up in Triton: gate_up is read once and alone kept for backward, which computes the sigmoid again.
 
-    y = swiglu(gate_up)  # [..., 2 F] -> [..., F]
+y = swiglu(gate_up)  # [..., 2 F] -> [..., F]
 """
 
 from typing import Any

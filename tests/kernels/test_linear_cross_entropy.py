@@ -1,7 +1,5 @@
 """The chunked loss against the definition, forward and backward."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacl import kernels
-from megacl.errors import ConfigError
 
 FORMS = kernels.FORMS["linear_cross_entropy"]
 
@@ -128,15 +125,3 @@ def test_only_a_chunk_of_logits_exists_at_one_time(monkeypatch):
     monkeypatch.setattr("torch.nn.functional.linear", counting)
     chunked(*draw(23, 4, 6, seed=5), chunk=10)
     assert made == [10, 10, 3]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        ({"linear_cross_entropy": "fast"}, "engine.kernels.linear_cross_entropy is 'fast'; it must be one of "),
-        ({"softmax": "chunked"}, "engine.kernels names 'softmax', which is no op; "),
-    ],
-)
-def test_an_unknown_implementation_or_op_is_refused(overrides, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        kernels.choose_kernels(device="cpu", half=False, compiled=False, overrides=overrides)

@@ -1,0 +1,95 @@
+"""Which implementation of each op is chosen, and what is said where one cannot be."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megacl import kernels
+from megacl.errors import ConfigError
+
+FUSED_BY_COMPILER = ["rms_norm", "layer_norm", "rotary", "swiglu", "linear_gelu"]
+
+
+def chosen(*, device: str, half: bool = True, compiled: bool = False, **overrides: str) -> dict[str, str]:
+    ops = kernels.choose_kernels(device=device, half=half, compiled=compiled, overrides=overrides)
+    return {choice.op: choice.implementation for choice in ops.choices}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+@pytest.fixture
+def no_triton(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+
+
+def test_on_a_gpu_triton_runs_where_the_compiler_does_not_fuse(gpu):
+    pytest.importorskip("triton")
+    eager, compiled = chosen(device="cuda"), chosen(device="cuda", compiled=True)
+    assert {eager[op] for op in FUSED_BY_COMPILER} == {"triton"}
+    assert {compiled[op] for op in FUSED_BY_COMPILER} == {"reference"}
+
+
+def test_without_triton_a_gpu_runs_pytorchs_kernels(gpu, no_triton):
+    assert "triton" not in chosen(device="cuda").values()
+
+
+def test_on_a_cpu_nothing_is_interpreted():
+    assert "triton" not in chosen(device="cpu").values()
+
+
+def test_each_choice_has_its_reason_and_an_override_says_so():
+    ops = kernels.choose_kernels(device="cpu", half=False, compiled=False, overrides={"swiglu": "reference"})
+    assert [choice.op for choice in ops.choices] == list(kernels.FORMS)
+    assert all(choice.why for choice in ops.choices)
+    assert kernels.Choice("swiglu", "reference", "engine.kernels") in ops.choices
+    assert ops.swiglu is kernels.REFERENCE.swiglu
+
+
+def test_the_op_of_a_triton_module_itself_is_what_runs():
+    pytest.importorskip("triton")
+    from megacl.kernels import triton_norms
+
+    ops = kernels.choose_kernels(device="cuda", half=False, compiled=False, overrides={"rms_norm": "triton"})
+    assert ops.rms_norm is triton_norms.rms_norm
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"linear_cross_entropy": "fast"}, "engine.kernels.linear_cross_entropy is 'fast'; it must be one of "),
+        ({"softmax": "chunked"}, "engine.kernels names 'softmax', which is no op; "),
+        ({"document_attention": "flash"}, "engine.kernels.document_attention is 'flash', which cannot run here: "),
+    ],
+)
+def test_an_implementation_that_is_unknown_or_cannot_run_is_refused(overrides, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        chosen(device="cpu", **overrides)
+
+
+def test_triton_on_a_cpu_is_refused_but_in_the_interpreter(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match=r"rms_norm is 'triton', which cannot run here: .* run on a GPU"):
+        chosen(device="cpu", rms_norm="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert chosen(device="cpu", rms_norm="triton")["rms_norm"] == "triton"
+
+
+def test_triton_that_is_not_installed_is_refused(gpu, no_triton):
+    with pytest.raises(ConfigError, match="Triton is not installed"):
+        chosen(device="cuda", rms_norm="triton")
+
+
+def test_triton_is_not_imported_before_one_of_its_ops_is_chosen():
+    code = "import sys, megacl.kernels; sys.exit('triton' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
