@@ -113,7 +113,7 @@ class OptimizerConfig:
     eps: Annotated[float, Field(gt=0, description="Adam's epsilon")] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, description="the decoupled weight decay")] = 0.1
     independent_weight_decay: bool = False
-    """False: an update takes weight_decay x rate of each matrix. True: weight_decay x rate / the schedule's peak."""
+    """False: an update takes weight_decay x rate of each matrix. True: weight_decay x rate / the schedule's max_lr."""
     max_grad_norm: Annotated[float, Field(gt=0, description="the gradient norm to clip to")] | None = 1.0
     z_loss: Annotated[float, Field(ge=0, description="the weight of (log Z)^2 in what is minimised")] = 0.0
     """Z is the sum of the exponentials of a token's logits; 1e-4 is usual where it is wanted."""
@@ -274,6 +274,11 @@ class RunConfig:
         for index, phase in enumerate(self.phases):
             self._check_phase(f"phases[{index}]", phase, seen)
             seen.append(phase.name)
+        if self.optimizer.independent_weight_decay and self.optimizer.weight_decay > 0.01:
+            raise ConfigError(
+                f"optimizer.weight_decay is {self.optimizer.weight_decay:g} with independent_weight_decay, and so the "
+                "part of every matrix that an update takes away; it must not exceed 0.01 there, and 1e-4 is usual."
+            )
         engine = self.engine
         if engine.kind == "deepspeed" and engine.precision != "fp32" and engine.zero_stage == 0:
             raise ConfigError(

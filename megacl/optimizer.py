@@ -23,6 +23,15 @@ def build_parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[di
     return [group for group in groups if group["params"]]
 
 
+def decayed_part(config: OptimizerConfig, *, lr: float, peak: float) -> float | None:
+    """What `set_rates` takes as weight_decay for an update at rate lr of a schedule whose highest rate is `peak`.
+
+    None for AdamW's own decay, lr x weight_decay. Independent of the rate it is weight_decay x lr / peak: the schedule
+    shapes it, and another peak leaves it as it is (Wortsman et al. 2023, arXiv 2309.14322).
+    """
+    return config.weight_decay * lr / peak if config.independent_weight_decay else None
+
+
 def set_rates(
     groups: list[dict[str, Any]], config: OptimizerConfig, lr: float, weight_decay: float | None = None
 ) -> None:
@@ -33,8 +42,8 @@ def set_rates(
     """
     for group in groups:
         group["lr"] = lr
-        if group["decays"] and weight_decay is not None and lr > 0:
-            group["weight_decay"] = weight_decay / lr
+        if group["decays"]:
+            group["weight_decay"] = config.weight_decay if weight_decay is None or lr == 0 else weight_decay / lr
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

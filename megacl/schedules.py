@@ -155,6 +155,11 @@ def build_schedule(config: ScheduleConfig, *, steps: int, tokens_per_step: int, 
     return schedule
 
 
+def peak(config: ScheduleConfig, *, last_lr: float) -> float:
+    """max_lr, the rate to which a schedule warms up, `last` resolved as in `build_schedule`."""
+    return _rate(config.max_lr, last_lr)
+
+
 def _rate(rate: float | str, last_lr: float) -> float:
     if isinstance(rate, float):
         return rate

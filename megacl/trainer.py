@@ -30,10 +30,12 @@ from megacl.evaluate import EvaluationStopped, evaluate_sources, sources_of
 from megacl.lineage import save_lineage
 from megacl.log import RunLog, table_text
 from megacl.model.gpt import build_model, count_parameters, flops_per_token
+from megacl.optimizer import decayed_part
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
 from megacl.plan import begin_phase, check_batches, check_phases, open_phase, schedule_of
 from megacl.publish import alone_in, publish_text, sweep_unfinished
 from megacl.resume import Found, find_inputs, find_origin, open_sources
+from megacl.schedules import peak
 from megacl.stopping import StopSignal, ToldToStop
 
 Outcome = Literal["done", "stopped"]
@@ -220,6 +222,7 @@ class _Run:
         )
         loader.load_state_dict({"samples": samples})
         schedule = schedule_of(config, phase, stream.record.start_lr, stream.record.budget_steps)
+        highest = peak(phase.schedule, last_lr=stream.record.start_lr)
         before = self.lineage.tokens - self.lineage.phases[-1].tokens
         began, waited = time.perf_counter(), 0.0
         with loader.reading() as poll:
@@ -232,6 +235,7 @@ class _Run:
                     phase,
                     batch.tokens,
                     lr := schedule(samples // batch_size),
+                    weight_decay=decayed_part(config.optimizer, lr=lr, peak=highest),
                     samples=samples,
                     tokens_seen=before + samples * stream.seq_length,
                     targets=targets if stream.padded else None,
@@ -295,13 +299,14 @@ class _Run:
         tokens: Any,
         lr: float,
         *,
+        weight_decay: float | None,
         samples: int,
         tokens_seen: int,
         targets: int | None,
         waited: float,
     ) -> None:
         start = time.perf_counter()
-        result = self.engine.step(tokens, lr, targets=targets)
+        result = self.engine.step(tokens, lr, targets=targets, weight_decay=weight_decay)
         seconds = time.perf_counter() - start
         self.step += 1
         config = self.config
@@ -325,6 +330,7 @@ class _Run:
             loss=result.loss,
             lr=lr,
             grad_norm=result.grad_norm,
+            log_z=result.log_z,
             applied=result.applied,
             seconds=seconds,
             waited=waited,

@@ -106,6 +106,10 @@ def test_what_follows_from_a_setting_is_derived(base: str) -> None:
         ("xyz=3", "xyz is not a setting; known here: run_dir, model"),
         ("phases[0].schedule.kind=cosin", "did you mean 'cosine'?"),
         ("phases[0].schedule={max_lr: 1}", "phases[0].schedule.kind is missing; it must be one of constant, linear"),
+        (
+            "optimizer.independent_weight_decay=true",
+            "optimizer.weight_decay is 0.1 with independent_weight_decay, and so the part of every matrix that an",
+        ),
         ("phases[0].schedule.warmup=10", 'is 10; it must be a length such as "100 steps"'),
         ("phases[0].schedule.warmup=101 steps", "phases[0].schedule is longer than its phase: warmup 101 = 101 steps"),
         ("phases[1].schedule.decay=100%", "longer than its phase: warmup 8 + decay 781 = 789 steps, and the phase has"),

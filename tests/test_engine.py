@@ -1,7 +1,7 @@
 """Both engines, one arithmetic: native on one process against ZeRO 0 to 3 on two gloo ranks."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def train(
     reset_before: int | None = None,
     document_end: int | None = None,
     padded: bool = False,
+    weight_decay: float | None = None,
     **settings: Any,
 ) -> Outcome:
     """Trains on this rank's slices; everything that a test compares is in the outcome."""
@@ -116,7 +117,7 @@ def train(
             engine.reset_optimizer()
         tokens = pad(batch(step)) if padded else batch(step)
         targets = int((tokens[:, 1:] != PADDING).sum()) if padded else None
-        result = engine.step(tokens[mine], rate(step), targets=targets)
+        result = engine.step(tokens[mine], rate(step), targets=targets, weight_decay=weight_decay)
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
         outcome.applied.append(result.applied)
@@ -389,6 +390,34 @@ def test_padded_batches_train_alike_on_two_ranks_that_hold_unlike_parts(stage, p
 def test_compiled_layers_keep_documents_apart(apart):
     outcome = train_native(range(5), document_end=7, compile=True)
     np.testing.assert_allclose(outcome.losses, apart.losses, rtol=1e-5)
+
+
+def test_z_loss_moves_the_weights_and_not_the_loss_that_is_reported():
+    """Against plain PyTorch, where log Z is a logsumexp and its square a part of what is minimised."""
+    model = build_model(NEOX, seed=1)
+    tokens = torch.from_numpy(batch(0))
+    logits = model(tokens[:, :-1])
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    squares = logits.logsumexp(-1).square().mean()
+    (nats + 0.1 * squares).backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    engine = make_engine(Ranks(), optimizer=replace(OPTIMIZER, z_loss=0.1), micro_batch_size=2, loss_chunk=5)
+    held_out = batch(7)
+    before = engine.nats(held_out[:, :-1], held_out[:, 1:])
+    assert before == pytest.approx(make_engine(Ranks()).nats(held_out[:, :-1], held_out[:, 1:]), rel=1e-6)
+    result = engine.step(batch(0), 1e-3)
+    assert result.loss == pytest.approx(nats.item(), rel=1e-5)
+    assert result.log_z == pytest.approx(squares.item() ** 0.5, rel=1e-5)
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_switches_train_alike_under_zero(stage):
+    settings = {"model": replace(LLAMA, qk_norm="layer_norm"), "optimizer": replace(OPTIMIZER, z_loss=1e-2)}
+    settings["weight_decay"] = 1e-3
+    expected = train_native(range(6), **settings)
+    assert expected.losses[1:] != train_native(range(6), model=LLAMA).losses[1:]
+    assert_close(train_zero(stage, range(6), **settings), expected)
 
 
 def test_ignored_targets_add_no_nats():

@@ -8,7 +8,7 @@ import torch
 from megacl.config import OptimizerConfig
 from megacl.model.config import ModelConfig
 from megacl.model.gpt import build_model
-from megacl.optimizer import build_optimizer, build_parameter_groups
+from megacl.optimizer import build_optimizer, build_parameter_groups, decayed_part, set_rates
 
 MODEL = ModelConfig(vocab_size=11, hidden_size=8, num_layers=2, num_attention_heads=2)
 
@@ -65,3 +65,37 @@ def test_nothing_moves_before_a_rate_is_set():
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert torch.equal(layer.weight, before)
+
+
+def decayed_by(config: OptimizerConfig, *, lr: float, weight_decay: float | None) -> tuple[float, float]:
+    """The factors by which an update with a gradient of 0 multiplies a weight and a bias."""
+    layer = torch.nn.Linear(1, 1)
+    optimizer = build_optimizer(layer, config)
+    with torch.no_grad():
+        layer.weight.fill_(1.0), layer.bias.fill_(1.0)
+    layer.weight.grad, layer.bias.grad = torch.zeros(1, 1), torch.zeros(1)
+    set_rates(optimizer.param_groups, config, 0.5, 0.3)  # what an update before this one was given leaves no trace
+    set_rates(optimizer.param_groups, config, lr, weight_decay)
+    optimizer.step()
+    return layer.weight.item(), layer.bias.item()
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.2])
+def test_adamws_own_decay_is_proportional_to_the_rate(lr):
+    config = OptimizerConfig(weight_decay=0.1)
+    part = decayed_part(config, lr=lr, peak=0.2)
+    assert part is None
+    assert decayed_by(config, lr=lr, weight_decay=part) == (pytest.approx(1 - 0.1 * lr), 1.0)
+
+
+@pytest.mark.parametrize("peak", [1e-4, 0.3])
+@pytest.mark.parametrize("position", [1.0, 0.25])
+def test_independent_decay_takes_the_same_part_whatever_the_peak(peak, position):
+    config = OptimizerConfig(weight_decay=0.01, independent_weight_decay=True)
+    part = decayed_part(config, lr=position * peak, peak=peak)
+    assert decayed_by(config, lr=position * peak, weight_decay=part) == (pytest.approx(1 - 0.01 * position), 1.0)
+
+
+def test_nothing_decays_at_a_rate_of_zero():
+    config = OptimizerConfig(weight_decay=0.01, independent_weight_decay=True)
+    assert decayed_by(config, lr=0.0, weight_decay=decayed_part(config, lr=0.0, peak=0.1)) == (1.0, 1.0)

@@ -10,7 +10,17 @@ from pydantic import TypeAdapter
 
 from megacl.config_phase import ScheduleConfig
 from megacl.errors import ConfigError
-from megacl.schedules import Schedule, build_schedule, cosine, exponential, inverse_sqrt, linear, one_minus_sqrt, rex
+from megacl.schedules import (
+    Schedule,
+    build_schedule,
+    cosine,
+    exponential,
+    inverse_sqrt,
+    linear,
+    one_minus_sqrt,
+    peak,
+    rex,
+)
 
 MAX, MIN = 3e-4, 3e-5
 
@@ -46,7 +56,7 @@ def test_every_decay_ends_exactly_at_min_lr_and_peaks_exactly_at_max_lr(
         assert rates[0] > last_lr or last_lr == MAX
         assert rates[: warmup - 1] == sorted(rates[: warmup - 1])
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
-    assert max(rates) <= MAX
+    assert max(rates) <= MAX == peak(TypeAdapter(ScheduleConfig).validate_python({"max_lr": MAX, **decay}), last_lr=0.0)
 
 
 def test_warmup_rises_in_a_straight_line_from_where_the_last_phase_ended() -> None:
@@ -140,6 +150,11 @@ def test_a_later_phase_of_an_infinite_schedule_has_no_jump() -> None:
 def test_keeping_the_last_rate() -> None:
     lr = schedule(5, last_lr=MIN, kind="constant", max_lr="last")
     assert [lr(k) for k in range(1, 6)] == [MIN] * 5
+
+
+def test_the_peak_of_a_schedule_that_goes_on_is_the_last_rate() -> None:
+    config = TypeAdapter(ScheduleConfig).validate_python({"kind": "constant", "max_lr": "last"})
+    assert peak(config, last_lr=2e-5) == 2e-5
 
 
 @pytest.mark.parametrize("k", [0, 101])

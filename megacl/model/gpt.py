@@ -10,6 +10,7 @@ Parameters, by name. Checkpoints and conversions hold these names and shapes, so
     layers.{i}.attention_norm.weight  [hidden_size]                 and .bias in the gpt_neox form
     layers.{i}.attention.qkv.weight   [(heads + 2 kv_heads) x head_dim, hidden_size]   and .bias in the gpt_neox form
                                       rows: all query heads, all key heads, all value heads, each in order
+    layers.{i}.attention.q_norm.weight  [head_dim]                  where qk_norm, k_norm too; and .bias in layer_norm
     layers.{i}.attention.out.weight   [hidden_size, hidden_size]    and .bias in the gpt_neox form
     layers.{i}.mlp_norm.weight        [hidden_size]                 and .bias in the gpt_neox form
     layers.{i}.mlp.up.weight          [mlp_size, hidden_size]       gpt_neox form, and .bias

@@ -37,10 +37,21 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps, residual)
 
 
-def build_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
+Norm = LayerNorm | RMSNorm
+
+
+def build_norm(config: ModelConfig) -> Norm:
     """LayerNorm (gpt_neox) or RMSNorm (llama) over the hidden size."""
-    kind = LayerNorm if config.form == "gpt_neox" else RMSNorm
+    kind: type[Norm] = LayerNorm if config.form == "gpt_neox" else RMSNorm
     return kind(config.hidden_size, config.norm_eps)
+
+
+def build_head_norm(config: ModelConfig) -> Norm | None:
+    """The norm of a head's queries or keys, over the head's width, where the model has one (`qk_norm`)."""
+    if config.qk_norm == "none":
+        return None
+    kind: type[Norm] = LayerNorm if config.qk_norm == "layer_norm" else RMSNorm
+    return kind(config.head_dim, config.norm_eps)
 
 
 def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -75,7 +86,9 @@ class Attention(nn.Module):
     """Causal self-attention; fewer key/value heads than query heads where the model has them (arXiv 2305.13245).
 
     With bounds (`find_documents`) it stays inside documents, without inside rows. qkv's rows are all query heads, then
-    all key heads, then all value heads, each in order.
+    all key heads, then all value heads, each in order. With `qk_norm` each head's queries and keys are normed before
+    they are turned, all heads by one weight, so that their products cannot grow without bound (Dehghani et al. 2023,
+    arXiv 2302.05442; Wortsman et al. 2023, arXiv 2309.14322).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -86,13 +99,19 @@ class Attention(nn.Module):
         bias = config.form == "gpt_neox"
         self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_norm, self.k_norm = build_head_norm(config), build_head_norm(config)
 
     def forward(self, x_BTD: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds: Tensor | None) -> Tensor:
         batch, length, _ = x_BTD.shape
         heads_BHTE = self.qkv(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         qk_BHTE, v_BKTE = torch.split(heads_BHTE, [self.heads + self.kv_heads, self.kv_heads], dim=1)
-        qk_BHTE = self.ops.rotary(qk_BHTE, cos_PR, sin_PR)
-        q_BHTE, k_BKTE = torch.split(qk_BHTE, [self.heads, self.kv_heads], dim=1)
+        if self.q_norm is None or self.k_norm is None:
+            qk_BHTE = self.ops.rotary(qk_BHTE, cos_PR, sin_PR)
+            q_BHTE, k_BKTE = torch.split(qk_BHTE, [self.heads, self.kv_heads], dim=1)
+        else:
+            q_BHTE, k_BKTE = torch.split(qk_BHTE, [self.heads, self.kv_heads], dim=1)
+            q_BHTE = self.ops.rotary(self.q_norm(q_BHTE)[0], cos_PR, sin_PR)
+            k_BKTE = self.ops.rotary(self.k_norm(k_BKTE)[0], cos_PR, sin_PR)
         if bounds is None:
             mixed_BHTE = self.ops.attention(q_BHTE, k_BKTE, v_BKTE, self.scale)
         else:

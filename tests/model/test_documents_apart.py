@@ -69,6 +69,14 @@ def test_logits_are_those_of_each_document_alone(config, attention):
     torch.testing.assert_close(logits_BTV, expected)
 
 
+@FORMS
+def test_documents_are_apart_where_heads_are_normed(config):
+    apart, plain = models(replace(config, qk_norm="layer_norm"), "one_by_one")
+    logits_BTV = apart(torch.tensor(ROWS))
+    expected = torch.stack([torch.cat([plain(torch.tensor([piece]))[0] for piece in row]) for row in PIECES])
+    torch.testing.assert_close(logits_BTV, expected)
+
+
 @ATTENTION
 @FORMS
 def test_loss_and_gradients_are_the_sums_over_the_documents_alone(config, attention):

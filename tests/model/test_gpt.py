@@ -10,6 +10,7 @@ import torch
 from megacl import kernels
 from megacl.model.config import ModelConfig
 from megacl.model.gpt import GPT, build_model, count_parameters, flops_per_token
+from megacl.model.layers import rotary_tables
 
 NEOX = ModelConfig(vocab_size=101, hidden_size=48, num_layers=3, num_attention_heads=4, rotary_pct=0.5)
 LLAMA = ModelConfig(
@@ -47,6 +48,15 @@ def turned(vector: torch.Tensor, position: int, pairs: int, theta: float) -> tor
     return out
 
 
+def head_norm_by_hand(w: dict[str, torch.Tensor], name: str, x_E: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    if config.qk_norm == "none":
+        return x_E
+    if config.qk_norm == "layer_norm":
+        x_E = x_E - x_E.mean()
+    scaled = x_E / torch.sqrt((x_E**2).mean() + config.norm_eps)
+    return scaled * w[f"attention.{name}.weight"] + w.get(f"attention.{name}.bias", 0)
+
+
 def attention_by_hand(w: dict[str, torch.Tensor], x_TD: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     length, width = x_TD.shape[0], config.head_dim
     heads, kv_heads = config.num_attention_heads, config.kv_heads
@@ -56,11 +66,11 @@ def attention_by_hand(w: dict[str, torch.Tensor], x_TD: torch.Tensor, config: Mo
     for head in range(heads):
         shared = head * kv_heads // heads
         q = [
-            turned(row, t, config.rotary_dims // 2, config.rope_theta)
+            turned(head_norm_by_hand(w, "q_norm", row, config), t, config.rotary_dims // 2, config.rope_theta)
             for t, row in enumerate(queries[:, head * width : (head + 1) * width])
         ]
         k = [
-            turned(row, t, config.rotary_dims // 2, config.rope_theta)
+            turned(head_norm_by_hand(w, "k_norm", row, config), t, config.rotary_dims // 2, config.rope_theta)
             for t, row in enumerate(keys[:, shared * width : (shared + 1) * width])
         ]
         v = values[:, shared * width : (shared + 1) * width]
@@ -104,10 +114,11 @@ def logits_by_hand(model: GPT, tokens_T: torch.Tensor, config: ModelConfig) -> t
     return norm_by_hand(everything, "final_norm", x_TD, config) @ head.T
 
 
+@pytest.mark.parametrize("qk_norm", ["none", "layer_norm", "rms_norm"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @FORMS
-def test_logits_are_those_of_the_definition(config, tied):
-    config = replace(config, tie_embeddings=tied)
+def test_logits_are_those_of_the_definition(config, tied, qk_norm):
+    config = replace(config, tie_embeddings=tied, qk_norm=qk_norm)
     model = lively(config)
     logits_BTV = model(TOKENS_BT)
     for logits_TV, tokens_T in zip(logits_BTV, TOKENS_BT, strict=True):
@@ -148,6 +159,38 @@ def test_sequences_of_a_batch_do_not_see_one_another(config):
 def test_logits_of_the_last_position_alone_are_the_last_of_all(config):
     model = lively(config)
     torch.testing.assert_close(model(TOKENS_BT, last_only=True), model(TOKENS_BT)[:, -1:])
+
+
+@pytest.mark.parametrize("config", [NEOX, LLAMA], ids=["gpt_neox", "llama"])
+@pytest.mark.parametrize("qk_norm", ["layer_norm", "rms_norm"])
+def test_attention_with_normed_heads_has_the_gradients_of_finite_differences(config, qk_norm):
+    config = replace(config, hidden_size=16, num_layers=1, rotary_pct=1.0, qk_norm=qk_norm)
+    attention = lively(config).layers[0].attention
+    x_BTD = torch.randn(2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(8)).requires_grad_()
+    tables = [table.double() for table in rotary_tables(config, 5, torch.device("cpu"))]
+    norms = [p for name, p in attention.named_parameters() if "norm" in name]
+    assert len(norms) == (4 if qk_norm == "layer_norm" else 2)
+    assert torch.autograd.gradcheck(lambda x, *_: attention(x, *tables, None), (x_BTD, *norms))
+
+
+@FORMS
+def test_attention_of_normed_heads_stays_bounded_however_large_the_weights(config):
+    model = lively(replace(config, qk_norm="rms_norm"))
+    largest = []
+
+    def watching(q_BHTE, k_BKTE, v_BKTE, scale):
+        largest.append((q_BHTE.norm(dim=-1).max() * k_BKTE.norm(dim=-1).max() * scale).item())
+        return kernels.REFERENCE.attention(q_BHTE, k_BKTE, v_BKTE, scale)
+
+    model.use(replace(kernels.REFERENCE, attention=watching))
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.qkv.weight *= 1e3
+    model(TOKENS_BT)
+    for bound, layer in zip(largest, model.layers, strict=True):
+        gain = layer.attention.q_norm.weight.abs().max() * layer.attention.k_norm.weight.abs().max()
+        # A head normed to a root mean square of 1 has a length of sqrt(head_dim), which turning leaves.
+        assert bound <= gain.item() * math.sqrt(config.head_dim) * (1 + 1e-6)
 
 
 def test_grouped_heads_equal_full_attention_with_repeated_heads():
