@@ -13,9 +13,11 @@ def build_parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[di
 
     Each group lists its parameters in the order of `named_parameters`; a group without parameters is left out.
     """
-    parameters = list(model.parameters())
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # where ZeRO-3 has emptied it, its shape is kept there
+        (matrices if len(shape) >= 2 else vectors).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, "decays": True},
         {"params": vectors, "weight_decay": 0.0, "decays": False},

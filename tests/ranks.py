@@ -34,6 +34,15 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, **kw
         raise
 
 
+def run_on_fresh_ranks(world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    """The same on ranks that have run nothing before and end with the call, for what is asked of the process itself."""
+    pool = _Pool(world_size)
+    try:
+        return pool.run(function, args, kwargs)
+    finally:
+        pool.close()
+
+
 @functools.cache
 def _pool(world_size: int) -> "_Pool":
     return _Pool(world_size)

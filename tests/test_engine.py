@@ -75,7 +75,7 @@ def make_engine(
     document_end: int | None = None,
     **settings: Any,
 ) -> Engine:
-    built = build_model(model, seed=1)
+    built = build_model(model, seed=1, device="meta")
     built.document_end = document_end
     return build_engine(built, engine=EngineConfig(**settings), optimizer=optimizer, ranks=ranks)
 
@@ -263,6 +263,13 @@ def test_bf16_follows_fp32_and_moves_between_stages(stage, undisturbed):
     first_half = train_zero(stage, range(5), precision="bf16")
     rest = train_zero(1 + stage % 3, range(5, 10), go_on_from=first_half, precision="bf16")
     np.testing.assert_allclose(first_half.losses + rest.losses, undisturbed.losses[:10], rtol=5e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_masters_begin_at_the_initial_weights_not_at_their_rounding(stage):
+    weights = build_model(NEOX, seed=1).state_dict()
+    for name, state in train_zero(stage, range(0), precision="bf16").state.items():
+        np.testing.assert_array_equal(state["weight"], weights[name].numpy(), err_msg=name)
 
 
 def train_fp16(ranks: Ranks, *args: Any, **settings: Any) -> Outcome:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megacl.config import EngineConfig
 from megacl.engine.base import MOMENTS
@@ -33,15 +33,14 @@ from megacl.model.gpt import GPT
 from megacl.parallel.ranks import Ranks
 
 VERSION = "0.19"
+BUCKET = 50_000_000
+"""Elements that DeepSpeed sends at a time: a tenth of its default, whose buffers alone are gigabytes."""
 
 
-def initialize(
-    model: GPT, optimizer: torch.optim.AdamW, config: EngineConfig, *, max_grad_norm: float | None, ranks: Ranks
-) -> Any:
-    """DeepSpeed's engine around the model, on this rank's device.
+def start(config: EngineConfig, ranks: Ranks) -> None:
+    """Readies DeepSpeed for `partition` and `initialize`: its process group, and what it must leave alone.
 
-    One micro batch is one step as far as DeepSpeed knows: the caller sets the accumulation boundary and scales the
-    loss. Raises LaunchError where DeepSpeed is missing or of another minor version.
+    Raises LaunchError where DeepSpeed is missing, of another minor version, or cannot compute in config.precision.
     """
     try:
         found = importlib.metadata.version("deepspeed")
@@ -69,11 +68,36 @@ def initialize(
     if config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
         raise LaunchError("engine.precision is fp16, which DeepSpeed does not run on this device; use fp32 or bf16.")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
+def partition(module: nn.Module, dtype: torch.dtype) -> None:
+    """Leaves each rank its shard of the module's parameters, in `dtype`: what ZeRO-3 makes of a model, for one module.
+
+    Every rank must call it, with the same modules in the same order.
+    """
+    import deepspeed
+
+    deepspeed.zero.Init(module=module.to(dtype), dtype=dtype)
+
+
+def initialize(model: GPT, optimizer: torch.optim.AdamW, config: EngineConfig, *, max_grad_norm: float | None) -> Any:
+    """DeepSpeed's engine around the model, on this rank's device.
+
+    One micro batch is one step as far as DeepSpeed knows: the caller sets the accumulation boundary and scales the
+    loss.
+    """
+    import deepspeed
+
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm or 0.0,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+        },
         "steps_per_print": sys.maxsize,
     }
     if config.precision == "bf16":
@@ -81,7 +105,13 @@ def initialize(
     if config.precision == "fp16":
         settings |= {"fp16": {"enabled": True}}
     with contextlib.redirect_stdout(io.StringIO()):  # some stages print their memory
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    if config.zero_stage == 3 and config.precision in ("fp32", "tf32"):
+        # The shards are fp32 already: they serve as masters, where DeepSpeed keeps a copy of them.
+        zero = engine.optimizer
+        for master, shards in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+            master.data = shards.data
+    return engine
 
 
 def export_parameters(engine: Any, *, with_moments: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -113,7 +143,6 @@ def export_parameters(engine: Any, *, with_moments: bool) -> Iterator[tuple[str,
 
 def import_parameters(engine: Any, load: Callable[[str, torch.Size], dict[str, Tensor]], *, step: int) -> None:
     """Sets each parameter, and with step > 0 its moments, from what `load(name, shape)` gives, and Adam's step."""
-    import deepspeed
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
@@ -125,10 +154,14 @@ def import_parameters(engine: Any, load: Callable[[str, torch.Size], dict[str, T
     keys = MOMENTS if step > 0 else ()
     reset_moments(engine, step=step, create=step > 0)
     for name, parameter in engine.module.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        state = load(name, shape)
         sharded = hasattr(parameter, "ds_tensor")
-        state = load(name, parameter.ds_shape if sharded else parameter.shape)
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded), torch.no_grad():
-            parameter.copy_(state["weight"])
+        with torch.no_grad():
+            if sharded:
+                parameter.ds_tensor.copy_(_slice_of(state["weight"], parameter))
+            if parameter.shape == shape:  # at stage 3 only while it is gathered
+                parameter.copy_(state["weight"])
         if zero is None:
             for key in keys:
                 engine.optimizer.state[parameter][key].copy_(state[key])

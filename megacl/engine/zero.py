@@ -25,15 +25,23 @@ class DeepSpeedEngine(Engine):
         self, model: GPT, ops: Kernels, config: EngineConfig, optimizer: OptimizerConfig, ranks: Ranks
     ) -> None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        if model.embed.weight.is_meta:
-            model.materialize("cpu")
+        adapter.start(config, ranks)
+        fresh = model.embed.weight.is_meta
+        if fresh:
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+
+            def finish(module: nn.Module) -> None:
+                if config.zero_stage == 3:
+                    adapter.partition(module, dtype)
+                else:
+                    module.to(dtype)
+
+            model.materialize(device, finish=finish)
         self._deepspeed = adapter.initialize(
-            model,  # DeepSpeed moves it, after halving it where the precision says so
-            build_optimizer(model, optimizer),
-            config,
-            max_grad_norm=optimizer.max_grad_norm,
-            ranks=ranks,
+            model, build_optimizer(model, optimizer), config, max_grad_norm=optimizer.max_grad_norm
         )
+        if fresh and dtype != torch.float32:  # the masters were made from the rounded weights
+            adapter.import_parameters(self._deepspeed, lambda name, shape: {"weight": model.initial(name)}, step=0)
         super().__init__(model, self._deepspeed, ops, config, optimizer, device=device, ranks=ranks)
 
     @property
