@@ -1,5 +1,7 @@
 """An implementation of an op held against its twin, which computes in fp64 from the same values."""
 
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +10,11 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where implementations are tested: Triton's run in its interpreter where there is no GPU."""
+
+_TRITON_RUNS = bool(importlib.util.find_spec("triton")) and (DEVICE == "cuda" or "TRITON_INTERPRET" in os.environ)
+_NO_TRITON = "Triton is not installed, or has neither a GPU nor its interpreter here"
+
+TRITON = pytest.mark.skipif(not _TRITON_RUNS, reason=_NO_TRITON)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -79,9 +86,6 @@ def assert_matches_twin(
 
 
 def needs_triton() -> None:
-    """Skips a test where the kernels cannot run: no Triton, or neither a GPU nor the interpreter."""
-    pytest.importorskip("triton")
-    import os
-
-    if DEVICE == "cpu" and not os.environ.get("TRITON_INTERPRET"):
-        pytest.skip("Triton has neither a GPU nor its interpreter here")
+    """Skips a file of tests where the kernels cannot run."""
+    if not _TRITON_RUNS:
+        pytest.skip(_NO_TRITON, allow_module_level=True)

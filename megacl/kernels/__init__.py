@@ -102,7 +102,11 @@ FORMS: dict[str, dict[str, Op]] = {
         "one_by_one": varlen.one_by_one,
         "reference": reference.document_attention,
     },
-    "linear_cross_entropy": {"chunked": chunked.linear_cross_entropy, "reference": reference.linear_cross_entropy},
+    "linear_cross_entropy": {
+        "triton": _Triton("triton_cross_entropy", "linear_cross_entropy"),
+        "chunked": chunked.linear_cross_entropy,
+        "reference": reference.linear_cross_entropy,
+    },
 }
 """Every implementation of every op, by name."""
 
@@ -158,6 +162,8 @@ def _fastest(op: str, *, device: str, half: bool, compiled: bool) -> tuple[str, 
     """(implementation, why)."""
     triton = device == "cuda" and _missing("triton", device=device, half=half) is None
     match op:
+        case "linear_cross_entropy" if triton:
+            return "triton", "all logits never exist at once, and one kernel does their softmax"
         case "linear_cross_entropy":
             return "chunked", "all logits never exist at once"
         case "document_attention":

@@ -1,10 +1,17 @@
 """Cross-entropy of a linear layer, the logits of `chunk` tokens at a time.
 
+    sums = linear_cross_entropy(x_ND, weight_VD, targets_N, chunk=1024, z_loss=0.0)
+
 The logits of a batch, tokens x vocabulary, are the largest tensor of a language model by far; a chunk's share of them
 is made, turned into its loss and its gradient, and overwritten by the next. The gradients are taken in the forward
 pass, where the logits still exist, so that backward only scales them and nothing is computed twice.
+
+Where products are in 16 bits, what they add up is kept in fp32. fp16 has no room for small numbers: there the gradient
+of the logits is multiplied by 2^12, so that probabilities down to 1e-11 count, and what comes of it is held in fp32
+until backward multiplies by the loss scale.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +21,101 @@ from torch.autograd.function import once_differentiable
 
 from megacl.kernels.reference import IGNORED
 
+Softmax = Callable[[Tensor, Tensor, float, float | None], tuple[Tensor, Tensor, Tensor | None]]
+"""(logits, targets, z_loss, scale) -> the sums of nats and (log Z)^2, and scale times the gradient of nats + z_loss
+(log Z)^2 in the logits, in their dtype; None where scale is None. It may overwrite the logits."""
+
+
+def sums_and_gradients(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    softmax: Softmax,
+    *,
+    chunk: int,
+    z_loss: float,
+    dtype: torch.dtype,
+    wants_x: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The three sums, and `gradient_scale(dtype)` times the gradients of the first.
+
+    dtype: of the products. The gradient of x is in its dtype, but in fp32 where that is fp16; the weight's is in fp32,
+    or fp64 for fp64.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    scale = gradient_scale(dtype) if wants_x or wants_weight else None
+    with torch.autocast(x_ND.device.type, enabled=False):
+        weight = weight_VD.to(dtype)
+        sums = x_ND.new_zeros(2, dtype=wide)
+        dx_ND = torch.empty_like(x_ND, dtype=dtype_of_dx(x_ND)) if wants_x else None
+        dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None
+        for start in range(0, x_ND.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            x = x_ND[rows].to(dtype)
+            nats, squares, gradient = softmax(F.linear(x, weight), targets_N[rows], z_loss, scale)
+            sums += torch.stack([nats, squares])
+            if gradient is None:
+                continue
+            if dx_ND is not None:
+                dx_ND[rows] = _product(gradient, weight, dx_ND.dtype)
+            if dweight_VD is not None:
+                _add_product(dweight_VD, gradient.t(), x)
+    nats, squares = sums
+    objective = nats + z_loss * squares if z_loss else nats  # squares that overflow are nobody's loss then
+    return torch.stack([objective, nats, squares]), dx_ND, dweight_VD
+
+
+def gradient_scale(dtype: torch.dtype) -> float:
+    """What gradients of logits are multiplied by, a power of two."""
+    return 4096.0 if dtype == torch.float16 else 1.0
+
+
+def dtype_of_dx(x: Tensor) -> torch.dtype:
+    """In which x's gradient waits for backward."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, added up and returned in dtype: that of a, or a wider one."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)  # a CPU has no such product, and those of 16 bits are slow there anyway
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total may be wider than a and b."""
+    if a.dtype != total.dtype and a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _softmax(
+    logits: Tensor, targets: Tensor, z_loss: float, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`Softmax` in plain PyTorch."""
+    dtype = logits.dtype
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    counted = targets != IGNORED
+    at = targets.where(counted, 0).unsqueeze(1)
+    # All in the logits' own memory: softmax's numerators, then d nats / d logits = softmax - one-hot.
+    highest = logits.amax(1, keepdim=True)
+    logits.sub_(highest)
+    at_target = logits.gather(1, at)
+    total = logits.exp_().sum(1, keepdim=True)
+    nats = (total.log() - at_target).squeeze(1).where(counted, 0).sum()
+    log_z = total.log() + highest
+    squares = log_z.square().squeeze(1).where(counted, 0).sum()
+    if scale is None:
+        return nats, squares, None
+    once = scale * counted.unsqueeze(1).to(logits.dtype)
+    # d (log Z)^2 / d logits = 2 log Z softmax
+    times = once if z_loss == 0 else once * (1 + 2 * z_loss * log_z)
+    return nats, squares, logits.mul_(times / total).scatter_add_(1, at, -once).to(dtype)
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -21,57 +123,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, z_loss: float, differentiate: bool
     ) -> Tensor:
         wants_x, wants_weight = (differentiate and wanted for wanted in ctx.needs_input_grad[:2])
-        matmul_dtype, wide = _dtypes(x_ND)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            weight = weight_VD.to(matmul_dtype)
-            nats, squares = x_ND.new_zeros(2, dtype=wide)
-            dx_ND = torch.empty_like(x_ND) if wants_x else None
-            dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None
-            for start in range(0, x_ND.shape[0], chunk):
-                rows = slice(start, start + chunk)
-                x, targets = x_ND[rows].to(matmul_dtype), targets_N[rows]
-                logits = F.linear(x, weight).to(wide)
-                counted = targets != IGNORED
-                at = targets.where(counted, 0).unsqueeze(1)
-                # All in the logits' own memory: softmax's numerators, then d nats / d logits = softmax - one-hot.
-                highest = logits.amax(1, keepdim=True)
-                logits.sub_(highest)
-                at_target = logits.gather(1, at)
-                total = logits.exp_().sum(1, keepdim=True)
-                nats += (total.log() - at_target).squeeze(1).where(counted, 0).sum()
-                log_z = total.log() + highest
-                squares += log_z.square().squeeze(1).where(counted, 0).sum()
-                if not (wants_x or wants_weight):
-                    continue
-                once = counted.unsqueeze(1).to(wide)
-                # d (log Z)^2 / d logits = 2 log Z softmax
-                times = once if z_loss == 0 else once * (1 + 2 * z_loss * log_z)
-                gradient = logits.mul_(times / total).scatter_add_(1, at, -once).to(matmul_dtype)
-                if dx_ND is not None:
-                    dx_ND[rows] = gradient @ weight
-                if dweight_VD is not None and matmul_dtype == wide:
-                    dweight_VD.addmm_(gradient.t(), x)
-                elif dweight_VD is not None:
-                    dweight_VD += gradient.t() @ x
+        dtype = dtype_of_products(x_ND)
+        sums, dx_ND, dweight_VD = sums_and_gradients(
+            x_ND,
+            weight_VD,
+            targets_N,
+            _softmax,
+            chunk=chunk,
+            z_loss=z_loss,
+            dtype=dtype,
+            wants_x=wants_x,
+            wants_weight=wants_weight,
+        )
         ctx.save_for_backward(dx_ND, dweight_VD)
-        ctx.weight_dtype = weight_VD.dtype
-        return torch.stack([nats + z_loss * squares, nats, squares])
+        ctx.scale, ctx.dtypes = gradient_scale(dtype), (x_ND.dtype, weight_VD.dtype)
+        return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scales: Tensor) -> tuple[Tensor | None, ...]:
-        dx_ND, dweight_VD = ctx.saved_tensors
-        scale = scales[0]
-        dx = None if dx_ND is None else (dx_ND * scale).to(dx_ND.dtype)
-        dweight = None if dweight_VD is None else (dweight_VD * scale).to(ctx.weight_dtype)
-        return dx, dweight, None, None, None, None
+        scale = scales[0] / ctx.scale
+        gradients = (
+            None if gradient is None else (gradient * scale).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *gradients, None, None, None, None
 
 
-def _dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of the matrix products (autocast's, where it is on) and that of the logarithms: fp32, or wider."""
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """Autocast's, where it is on; else that of x."""
     device = x.device.type
-    matmul = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return matmul, torch.promote_types(matmul, torch.float32)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int, z_loss: float) -> Tensor:

