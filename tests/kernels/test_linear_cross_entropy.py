@@ -177,6 +177,7 @@ def test_an_ignored_token_that_is_not_finite_does_not_spoil_the_loss(form):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's own
 @FORMS
 def test_a_token_that_is_not_finite_makes_the_loss_so(form):
     x_ND, weight_VD, targets_N = draw(6, 4, 5, seed=4, dtype=torch.float32)
