@@ -8,19 +8,27 @@ from torch import nn
 from megacl.config import OptimizerConfig
 
 
-def build_parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def build_parameter_groups(
+    model: nn.Module, config: OptimizerConfig, *, width_ratio: float = 1.0
+) -> list[dict[str, Any]]:
     """Parameters with two or more dimensions (matrices, the embedding) with weight decay, the others without.
 
-    Each group lists its parameters in the order of `named_parameters`; a group without parameters is left out.
+    width_ratio: m of muP (`MupConfig`): the matrices of `model.layers` are updated at 1 / m of the rate, and so stand
+    in a group of their own where m is not 1. Each group lists its parameters in the order of `named_parameters`; a
+    group without parameters is left out.
     """
+    hidden: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # where ZeRO-3 has emptied it, its shape is kept there
-        (matrices if len(shape) >= 2 else vectors).append(parameter)
+        scaled = width_ratio != 1 and name.startswith("layers.")
+        (vectors if len(shape) < 2 else hidden if scaled else matrices).append(parameter)
+    decay = config.weight_decay
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "decays": True},
-        {"params": vectors, "weight_decay": 0.0, "decays": False},
+        {"params": hidden, "lr_scale": 1 / width_ratio, "weight_decay": decay * width_ratio, "decays": True},
+        {"params": matrices, "lr_scale": 1.0, "weight_decay": decay, "decays": True},
+        {"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0, "decays": False},
     ]
     return [group for group in groups if group["params"]]
 
@@ -39,19 +47,20 @@ def set_rates(
 ) -> None:
     """Sets what the next update does: p <- (1 - weight_decay) p - lr x Adam's direction, the first for matrices alone.
 
-    weight_decay: None for lr x config.weight_decay. torch's AdamW multiplies a group's weight_decay by its rate, so
-    nothing decays at a rate of 0.
+    weight_decay: None for lr x config.weight_decay. A group's lr_scale multiplies its rate, and not what decays.
+    torch's AdamW multiplies a group's weight_decay by its rate, so nothing decays at a rate of 0.
     """
     for group in groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
         if group["decays"]:
-            group["weight_decay"] = config.weight_decay if weight_decay is None or lr == 0 else weight_decay / lr
+            own = config.weight_decay if weight_decay is None or lr == 0 else weight_decay / lr
+            group["weight_decay"] = own / group["lr_scale"]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, width_ratio: float = 1.0) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with a fused kernel; its rate is 0 until one is set."""
     return torch.optim.AdamW(
-        build_parameter_groups(model, config),
+        build_parameter_groups(model, config, width_ratio=width_ratio),
         lr=0.0,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

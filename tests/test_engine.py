@@ -14,7 +14,7 @@ from megacl.config import EngineConfig, OptimizerConfig
 from megacl.data.packing import PADDING
 from megacl.engine import Engine, build_engine
 from megacl.errors import CheckpointError, LaunchError
-from megacl.model.config import ModelConfig
+from megacl.model.config import ModelConfig, MupConfig
 from megacl.model.gpt import build_model
 from megacl.parallel.ranks import Ranks
 from tests.ranks import run_on_ranks
@@ -420,7 +420,8 @@ def test_z_loss_moves_the_weights_and_not_the_loss_that_is_reported():
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_switches_train_alike_under_zero(stage):
-    settings = {"model": replace(LLAMA, qk_norm="layer_norm"), "optimizer": replace(OPTIMIZER, z_loss=1e-2)}
+    mup = MupConfig(base_hidden_size=16, base_head_dim=4)  # a group of parameters more, at a third of the rate
+    settings = {"model": replace(LLAMA, qk_norm="layer_norm", mup=mup), "optimizer": replace(OPTIMIZER, z_loss=1e-2)}
     settings["weight_decay"] = 1e-3
     expected = train_native(range(6), **settings)
     assert expected.losses[1:] != train_native(range(6), model=LLAMA).losses[1:]

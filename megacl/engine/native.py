@@ -38,7 +38,7 @@ class NativeEngine(Engine):
         if model.embed.weight.is_meta:
             model.materialize(device)
         super().__init__(model, model.to(device), ops, config, optimizer, device=device, ranks=ranks)
-        self._optimizer = build_optimizer(model, optimizer)
+        self._optimizer = build_optimizer(model, optimizer, width_ratio=model.config.width_ratio)
         self._scale = _LossScale() if config.precision == "fp16" else None
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:

@@ -38,7 +38,10 @@ class DeepSpeedEngine(Engine):
 
             model.materialize(device, finish=finish)
         self._deepspeed = adapter.initialize(
-            model, build_optimizer(model, optimizer), config, max_grad_norm=optimizer.max_grad_norm
+            model,
+            build_optimizer(model, optimizer, width_ratio=model.config.width_ratio),
+            config,
+            max_grad_norm=optimizer.max_grad_norm,
         )
         if fresh and dtype != torch.float32:  # the masters were made from the rounded weights
             adapter.import_parameters(self._deepspeed, lambda name, shape: {"weight": model.initial(name)}, step=0)

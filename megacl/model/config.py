@@ -1,5 +1,6 @@
 """The shape of a model: pure data, no torch. Presets are files: configs/model/*.yaml."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -11,7 +12,23 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True, kw_only=True)
 class MupConfig:
-    """Maximal update parametrization (Yang et al. 2022, arXiv 2203.03466): the width at which the rates were tuned."""
+    """Maximal update parametrization: what was tuned at a base width serves every width (not every depth).
+
+    With m = hidden_size / base_hidden_size, and d the width of a head:
+
+        |                     | matrices inside layers | embedding | head       | biases, norms |
+        | initial variance    | 1 / fan_in             | the base's| the base's | 0 and 1       |
+        | times in the output | 1                      | 1         | 1 / m      | 1             |
+        | Adam's rate         | rate / m               | rate      | rate       | rate          |
+
+    and queries meet keys at sqrt(base_head_dim) / d, in place of 1 / sqrt(d). At the base width all of it is the
+    standard parametrization. A matrix decays by the same part of itself as in that one: its rate alone is divided.
+    mlp_size must grow with hidden_size, since it is the fan-in of the MLP's output. Tied embeddings keep to the table:
+    variance and rate are the same for both, and 1 / m stands in the output alone.
+
+    Source: Yang et al. 2022, arXiv 2203.03466, table 8, and definition 4.1 for attention; without the zero initial
+    queries and head that it recommends beside.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -66,6 +83,17 @@ class ModelConfig:
     def mlp_size(self) -> int:
         """Width inside the MLP: intermediate_size, or 4 x hidden_size."""
         return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def width_ratio(self) -> float:
+        """m of `MupConfig`: how much wider the model is than the one that was tuned; 1 without muP."""
+        return self.hidden_size / self.mup.base_hidden_size if self.mup else 1.0
+
+    @property
+    def attention_scale(self) -> float:
+        """What the products of queries and keys are multiplied by: head_dim^-0.5 up to the base width of muP."""
+        standard: float = self.head_dim**-0.5
+        return standard * math.sqrt(self.mup.base_head_dim / self.head_dim) if self.mup else standard
 
     @property
     def rotary_dims(self) -> int:

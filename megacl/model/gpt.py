@@ -141,6 +141,8 @@ class GPT(nn.Module):
         if last_only:
             x_BTD, delta_BTD = x_BTD[:, -1:], delta_BTD[:, -1:]
         normed_BTD, _ = self.final_norm(x_BTD, delta_BTD)
+        if self.config.width_ratio != 1:
+            normed_BTD = normed_BTD / self.config.width_ratio  # muP's factor on the logits
         result: Tensor = self.head(normed_BTD, targets_BT, chunk=self.loss_chunk, z_loss=self.z_loss)
         return result
 
@@ -180,7 +182,7 @@ def build_model(config: ModelConfig, *, seed: int, device: str = "cpu") -> GPT:
     Matrices are normal: embedding, head and input matrices with a standard deviation of sqrt(2 / (5 hidden_size))
     (Nguyen & Salazar 2019, arXiv 1910.05895), output matrices of attention and MLP with
     2 / (num_layers sqrt(hidden_size)) (Wang & Komatsuzaki 2021, GPT-J), as in GPT-NeoX and Pythia. Biases are 0, norms
-    are 1.
+    are 1. Under muP (`MupConfig`) embedding and head have the standard deviation of the base width.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -208,7 +210,9 @@ def _generator(seed: int, name: str) -> torch.Generator:
 def _standard_deviation(config: ModelConfig, name: str) -> float:
     if name.endswith((".attention.out.weight", ".mlp.down.weight")):
         return 2 / (config.num_layers * math.sqrt(config.hidden_size))
-    return math.sqrt(2 / (5 * config.hidden_size))
+    outside = name in ("embed.weight", "head.weight")
+    width = config.mup.base_hidden_size if config.mup and outside else config.hidden_size
+    return math.sqrt(2 / (5 * width))
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -95,7 +95,7 @@ class Attention(nn.Module):
         super().__init__()
         self.ops = REFERENCE
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_dim
-        self.scale = self.head_dim**-0.5
+        self.scale = config.attention_scale
         bias = config.form == "gpt_neox"
         self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
