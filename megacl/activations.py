@@ -1,0 +1,188 @@
+"""What a forward and backward pass takes beside the weights, counted op by op as the model's code goes through them.
+
+    ops = layer_ops(model, sizes, kernels, documents=False)
+    kept = sum(op.keeps for op in ops)          # what autograd keeps of one layer until its backward pass
+
+Pure arithmetic; `megacl.memory` puts it together with weights, gradients and the optimizer's state. The ops stand in the
+order of `model.gpt` and `model.layers`. tests/test_memory.py holds what they keep against what autograd keeps, to the
+byte, and what a whole step takes against what the allocator gave out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megacl.model.config import ModelConfig
+
+WIDE = 4
+"""Bytes of fp32, in which logits, statistics and rotary tables are."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op of the forward pass; everything in bytes on one rank."""
+
+    name: str
+    keeps: int = 0
+    """What it saves for its backward pass and no op before it has saved: inputs, results, statistics."""
+    forward: int = 0
+    """What its forward pass holds at most beyond what is kept."""
+    backward: int = 0
+    """What its backward pass holds at most beyond what is kept: gradients on their way, temporaries."""
+    gradients: int = 0
+    """Gradients of its weights."""
+    cast: int = 0
+    """Autocast's copy of its weight: it is kept like the others, but exists while the whole forward pass lasts."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A micro batch on one rank: numbers of elements, and the bytes that one takes."""
+
+    rows: int
+    """Sequences."""
+    length: int
+    """Tokens of a sequence that this rank computes."""
+    hidden: int
+    """Width of the residual stream."""
+    queries: int
+    """Width of this rank's query heads together."""
+    keys: int
+    """Width of this rank's key heads together; its value heads are as wide."""
+    heads: int
+    """Query heads of this rank."""
+    mlp: int
+    """Width inside this rank's part of the MLP."""
+    vocab: int
+    """Rows of this rank's part of the embedding and of the head."""
+    value: int
+    """Bytes of an activation that goes into a matrix product."""
+    stream: int
+    """Bytes of an element of the residual stream."""
+    weight: int
+    """Bytes of an element of a weight, and of its gradient."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the micro batch that this rank computes."""
+        return self.rows * self.length
+
+    @property
+    def residual(self) -> int:
+        """Bytes of the residual stream."""
+        return self.tokens * self.hidden * self.stream
+
+    def values(self, width: int) -> int:
+        """Bytes of an activation of this width that goes into a matrix product or comes out of one."""
+        return self.tokens * width * self.value
+
+    def cast(self, elements: int) -> int:
+        """Bytes of autocast's copies of so many weights, which live until the backward pass; none without it."""
+        return elements * self.value if self.value < self.weight else 0
+
+
+def layer_ops(model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, documents: bool) -> list[Op]:
+    """The ops of a layer. kernels: the implementation of each op, by name; documents: attention stays inside them."""
+    parallel = model.form == "gpt_neox"
+    residual, hidden, mlp = s.residual, s.values(s.hidden), s.values(s.mlp)
+    into_mlp = s.mlp if parallel else 2 * s.mlp
+    # The gradients that wait while a branch goes backward: that of the layer's output while the MLP does, then its sum
+    # with that of the MLP's norm, beside which a parallel block still needs the first for the other branch.
+    on_mlp = residual
+    on_out = 2 * residual if parallel else residual
+    return [
+        _norm(model, s, kernels, "attention_norm", keeps_input=True, waiting=residual),
+        _linear(model, s, "qkv", s.hidden, s.queries + 2 * s.keys, waiting=residual),
+        _attention(s, kernels, documents=documents, waiting=residual),
+        _linear(model, s, "out", s.queries, s.hidden, waiting=on_out),
+        _norm(model, s, kernels, "mlp_norm", keeps_input=not parallel, waiting=on_mlp),
+        _linear(model, s, "up" if parallel else "gate_up", s.hidden, into_mlp, waiting=on_mlp),
+        _gelu(s, on_mlp) if parallel else _swiglu(s, kernels, on_mlp),
+        _linear(model, s, "down", s.mlp, s.hidden, waiting=on_mlp),
+    ]
+
+
+def _linear(model: ModelConfig, s: Sizes, name: str, inputs: int, outputs: int, *, waiting: int) -> Op:
+    """A linear layer keeps its input, and under autocast its weight in 16 bits; its gradients come in and go out."""
+    biases = outputs if model.form == "gpt_neox" else 0
+    weights = inputs * outputs + biases
+    return Op(
+        name,
+        keeps=s.values(inputs),
+        backward=waiting + s.values(inputs) + s.values(outputs) + s.cast(weights),
+        gradients=weights * s.weight,
+        cast=s.cast(inputs * outputs),
+    )
+
+
+def _norm(
+    model: ModelConfig, s: Sizes, kernels: Mapping[str, str], name: str, *, keeps_input: bool, waiting: int
+) -> Op:
+    """A norm keeps the sum that it norms, unless another norm of it does, and its statistics of each token.
+
+    PyTorch's RMSNorm on a CPU is made of several ops, and keeps the normed values before the weight too.
+    """
+    composite = model.form == "llama" and kernels["rms_norm"] in ("torch", "reference")
+    statistics = s.tokens * WIDE * (2 if model.form == "gpt_neox" else 1)
+    return Op(
+        name,
+        keeps=(keeps_input + composite) * s.residual + statistics,
+        forward=s.residual if composite else 0,
+        backward=waiting + (4 if composite else 2) * s.residual,
+        gradients=(2 if model.form == "gpt_neox" else 1) * s.hidden * s.weight,
+    )
+
+
+def _attention(s: Sizes, kernels: Mapping[str, str], *, documents: bool, waiting: int) -> Op:
+    """Rotary position and attention: rotated queries and keys, the values, what comes out, log Z of each query.
+
+    The values are a view of all that qkv gave, which is kept with them.
+    """
+    qkv, mixed = s.values(s.queries + 2 * s.keys), s.values(s.queries)
+    log_z = s.rows * s.length * s.heads * WIDE
+    # Documents by themselves are laid end to end in copies, so that what qkv gave is not kept.
+    rotated = 0 if documents else s.values(s.queries + s.keys)
+    return Op("attention", keeps=rotated + qkv + mixed + log_z, backward=waiting + mixed + qkv)
+
+
+def _gelu(s: Sizes, waiting: int) -> Op:
+    """Keeps the values before it; the gradients of both sides exist while it goes backward."""
+    return Op("gelu", keeps=s.values(s.mlp), backward=waiting + 2 * s.values(s.mlp))
+
+
+def _swiglu(s: Sizes, kernels: Mapping[str, str], waiting: int) -> Op:
+    """Keeps gate and up, and in plain PyTorch silu(gate)."""
+    mlp = s.values(s.mlp)
+    return Op("swiglu", keeps=3 * mlp, backward=waiting + 3 * mlp)
+
+
+def rotary_tables(model: ModelConfig, s: Sizes, *, documents: bool) -> int:
+    """Bytes of cosine and sine, which all layers share: of each position, or of each token where rows have their own."""
+    return 2 * (s.tokens if documents else s.length) * (model.rotary_dims // 2) * WIDE
+
+
+def embedding(s: Sizes) -> Op:
+    """Keeps the tokens, which the batch counts; its gradient is as large as the table, and comes last."""
+    return Op("embed", backward=s.residual, gradients=s.vocab * s.hidden * s.weight)
+
+
+def final_norm(model: ModelConfig, s: Sizes, kernels: Mapping[str, str]) -> Op:
+    """The norm before the head; the sum that it norms is new."""
+    return _norm(model, s, kernels, "final_norm", keeps_input=True, waiting=0)
+
+
+def loss(s: Sizes, *, chunk: int) -> Op:
+    """The head and the loss in chunks, which keep the gradients of the hidden states and of the head's weight.
+
+    While it runs there are the hidden states, the last layer's two results, the logits of two chunks (the next is made
+    while the last one still has its name), and in 16 bits copies of the head's weight, of its gradient and of logits.
+    """
+    logits, head = min(chunk, s.tokens) * s.vocab, s.vocab * s.hidden
+    dx, dhead = s.residual, head * WIDE
+    held = 2 * s.residual + s.values(s.hidden)
+    before = logits if s.tokens > chunk else 0
+    if s.value == WIDE:
+        forward = held + (before + logits) * WIDE
+    else:
+        gradient = s.value + WIDE
+        forward = held + s.cast(head) + max((2 * before + logits) * gradient, logits * gradient + head * gradient)
+    return Op("loss", keeps=dx + dhead, forward=forward, backward=dx, gradients=head * s.weight)

@@ -1,0 +1,178 @@
+"""Peak memory of training steps beside what megacl.memory says they take.
+
+    python tools/bench/memory.py                 # each case measured in fresh processes, a table of both and their ratio
+    python tools/bench/memory.py --case '{"model": {...}, "engine": {...}, "seq_length": 256, "micro_batch_size": 8}'
+
+On a CPU it is resident memory: the highest value (VmHWM) that a process reaches while it builds a model and takes three
+steps, less what it had before the model was built, when it had taken steps of a tiny one, so that libraries are loaded.
+MALLOC_MMAP_THRESHOLD_=65536 is set, so that glibc gives each tensor pages of its own and takes them back at once; without
+it resident memory is what tensors take and what malloc keeps for later. On a GPU it is torch.cuda.max_memory_allocated.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+MODEL = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_attention_heads": 6}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure: a model, an engine, a batch."""
+
+    model: dict[str, Any]
+    engine: dict[str, Any] = field(default_factory=dict)
+    seq_length: int = 256
+    micro_batch_size: int = 8
+    micro_batches: int = 1
+    ranks: int = 1
+
+
+def run_case(case: Case) -> int:
+    """Bytes at the peak of training steps of this case, measured in this process, which must be fresh."""
+    import numpy as np
+    import torch
+
+    from megacl.config import EngineConfig, OptimizerConfig
+    from megacl.engine import build_engine
+    from megacl.model.config import ModelConfig
+    from megacl.model.gpt import build_model
+    from megacl.parallel.ranks import start_ranks, stop_ranks
+
+    warnings.simplefilter("ignore")
+    ranks = start_ranks(timeout=300)
+
+    def train(model: dict[str, Any], rows: int, length: int) -> None:
+        config = ModelConfig(**model)
+        engine = build_engine(
+            build_model(config, seed=0, device="meta"),
+            engine=EngineConfig(**case.engine, micro_batch_size=rows),
+            optimizer=OptimizerConfig(),
+            ranks=ranks,
+        )
+        draw = np.random.default_rng(ranks.dp_rank)
+        for _ in range(3):
+            tokens = draw.integers(0, config.vocab_size, (rows * case.micro_batches, length + 1))
+            engine.step(tokens, lr=1e-4)
+
+    train({**case.model, "vocab_size": 64, "hidden_size": 64, "num_layers": 1, "num_attention_heads": 2}, 1, 16)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train(case.model, case.micro_batch_size, case.seq_length)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest value starts anew from here
+        before = resident("VmRSS")
+        train(case.model, case.micro_batch_size, case.seq_length)
+        peak = resident("VmHWM") - before
+    stop_ranks()
+    return peak
+
+
+def resident(key: str) -> int:
+    """Bytes of resident memory of this process: VmRSS, what it has now, or VmHWM, the most that it had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def measure(case: Case) -> int:
+    """Bytes at the peak of the case's largest rank, in fresh processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, "--measure", json.dumps(asdict(case))]
+    here = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu"}
+    processes = []
+    for rank in range(case.ranks):
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(case.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        processes.append(subprocess.Popen(command, env={**here, **place}, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError(f"measuring {case} failed")
+    return max(int(output.split()[-1]) for output in outputs)
+
+
+def estimated(case: Case) -> tuple[int, str]:
+    """Bytes at the peak that the model of memory says, and when that is."""
+    import torch
+
+    from megacl.config import EngineConfig
+    from megacl.memory import estimate_memory
+    from megacl.model.config import ModelConfig
+
+    peak = estimate_memory(
+        ModelConfig(**case.model),
+        EngineConfig(**case.engine),
+        seq_length=case.seq_length,
+        micro_batch_size=case.micro_batch_size,
+        micro_batches=case.micro_batches,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    ).peak
+    return peak.total, peak.when
+
+
+def cases() -> list[Case]:
+    """Forms, checkpointing, vocabularies and batches, for each engine and stage."""
+    llama = {**MODEL, "form": "llama", "num_kv_heads": 2, "intermediate_size": 1024}
+    found = []
+    for model in (MODEL, llama, {**MODEL, "vocab_size": 50304}, {**MODEL, "vocab_size": 50304, "tie_embeddings": True}):
+        for checkpointing in ("none", "full"):
+            for rows in (2, 16):
+                found.append(Case(model, {"activation_checkpointing": checkpointing}, micro_batch_size=rows))
+        found.append(Case(model, {}, micro_batch_size=4, micro_batches=2))
+    return found
+
+
+def table() -> None:
+    """Measures each case and prints it beside its estimate."""
+    print("form      vocabulary  tied  engine      stage  ranks  checkpointing  sequences    estimate    measured  ratio  peak")
+    for case in cases():
+        said, when = estimated(case)
+        found = measure(case)
+        engine = case.engine.get("kind", "native")
+        print(
+            f"{case.model.get('form', 'gpt_neox'):8}  {case.model['vocab_size']:10}  "
+            f"{'yes' if case.model.get('tie_embeddings') else 'no':4}  {engine:10}  "
+            f"{case.engine.get('zero_stage', '-'):>5}  {case.ranks:5}  "
+            f"{case.engine.get('activation_checkpointing', 'none'):13}  "
+            f"{case.micro_batches} x {case.micro_batch_size:5}  {said / 1e6:7.1f} MB  {found / 1e6:7.1f} MB  "
+            f"{said / found:5.3f}  {when}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Prints the table, one case of it, or what this process measures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", help="one case, as JSON: estimate and measurement in bytes")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.measure:
+        print(run_case(Case(**json.loads(asked.measure))))
+    elif asked.case:
+        case = Case(**json.loads(asked.case))
+        print(estimated(case)[0], measure(case))
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()
