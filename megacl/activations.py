@@ -3,9 +3,9 @@
     ops = layer_ops(model, sizes, kernels, documents=False)
     kept = sum(op.keeps for op in ops)          # what autograd keeps of one layer until its backward pass
 
-Pure arithmetic; `megacl.memory` puts it together with weights, gradients and the optimizer's state. The ops stand in the
-order of `model.gpt` and `model.layers`. tests/test_memory.py holds what they keep against what autograd keeps, to the
-byte, and what a whole step takes against what the allocator gave out.
+Pure arithmetic; `megacl.memory` puts it together with weights, gradients and the optimizer's state. The ops stand in
+the order of `model.gpt` and `model.layers`. tests/test_memory.py holds what they keep against what autograd keeps, to
+the byte, and what a whole step takes against what the allocator gave out.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Op:
     keeps: int = 0
     """What it saves for its backward pass and no op before it has saved: inputs, results, statistics."""
     forward: int = 0
-    """What its forward pass holds at most beyond what is kept."""
+    """What its forward pass holds at most beyond what is kept; counted of the loss, where it matters."""
     backward: int = 0
     """What its backward pass holds at most beyond what is kept: gradients on their way, temporaries."""
     gradients: int = 0
@@ -83,26 +83,26 @@ class Sizes:
 def layer_ops(model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, documents: bool) -> list[Op]:
     """The ops of a layer. kernels: the implementation of each op, by name; documents: attention stays inside them."""
     parallel = model.form == "gpt_neox"
-    residual, hidden, mlp = s.residual, s.values(s.hidden), s.values(s.mlp)
     into_mlp = s.mlp if parallel else 2 * s.mlp
-    # The gradients that wait while a branch goes backward: that of the layer's output while the MLP does, then its sum
-    # with that of the MLP's norm, beside which a parallel block still needs the first for the other branch.
-    on_mlp = residual
-    on_out = 2 * residual if parallel else residual
-    return [
-        _norm(model, s, kernels, "attention_norm", keeps_input=True, waiting=residual),
-        _linear(model, s, "qkv", s.hidden, s.queries + 2 * s.keys, waiting=residual),
-        _attention(s, kernels, documents=documents, waiting=residual),
-        _linear(model, s, "out", s.queries, s.hidden, waiting=on_out),
-        _norm(model, s, kernels, "mlp_norm", keeps_input=not parallel, waiting=on_mlp),
-        _linear(model, s, "up" if parallel else "gate_up", s.hidden, into_mlp, waiting=on_mlp),
-        _gelu(s, on_mlp) if parallel else _swiglu(s, kernels, on_mlp),
-        _linear(model, s, "down", s.mlp, s.hidden, waiting=on_mlp),
+    # The gradients that wait while a branch goes backward: that of the layer's output while the MLP does; then its sum
+    # with what comes out of the MLP, beside which a parallel block still has the first, for its other branch.
+    waiting = s.residual
+    ops = [
+        _norm(model, s, kernels, "attention_norm", keeps_input=True, waiting=waiting),
+        _linear(model, s, "qkv", s.hidden, s.queries + 2 * s.keys, waiting=waiting),
+        _head_norms(model, s, kernels, documents=documents, waiting=waiting),
+        _attention(model, s, documents=documents, waiting=waiting),
+        _linear(model, s, "out", s.queries, s.hidden, waiting=2 * waiting if parallel else waiting),
+        _norm(model, s, kernels, "mlp_norm", keeps_input=not parallel, waiting=waiting),
+        _linear(model, s, "up" if parallel else "gate_up", s.hidden, into_mlp, waiting=waiting),
+        _gelu(s, waiting) if parallel else _swiglu(s, kernels, waiting),
+        _linear(model, s, "down", s.mlp, s.hidden, waiting=waiting),
     ]
+    return [op for op in ops if op is not None]
 
 
 def _linear(model: ModelConfig, s: Sizes, name: str, inputs: int, outputs: int, *, waiting: int) -> Op:
-    """A linear layer keeps its input, and under autocast its weight in 16 bits; its gradients come in and go out."""
+    """A linear layer keeps its input, and under autocast its weight in 16 bits."""
     biases = outputs if model.form == "gpt_neox" else 0
     weights = inputs * outputs + biases
     return Op(
@@ -117,30 +117,59 @@ def _linear(model: ModelConfig, s: Sizes, name: str, inputs: int, outputs: int, 
 def _norm(
     model: ModelConfig, s: Sizes, kernels: Mapping[str, str], name: str, *, keeps_input: bool, waiting: int
 ) -> Op:
-    """A norm keeps the sum that it norms, unless another norm of it does, and its statistics of each token.
-
-    PyTorch's RMSNorm on a CPU is made of several ops, and keeps the normed values before the weight too.
-    """
-    composite = model.form == "llama" and kernels["rms_norm"] in ("torch", "reference")
-    statistics = s.tokens * WIDE * (2 if model.form == "gpt_neox" else 1)
+    """A norm keeps the sum that it norms, unless another norm of it does, and its statistics of each token."""
+    kind = "layer_norm" if model.form == "gpt_neox" else "rms_norm"
+    normed = s.residual if _keeps_normed(kind, kernels) else 0
     return Op(
         name,
-        keeps=(keeps_input + composite) * s.residual + statistics,
-        forward=s.residual if composite else 0,
-        backward=waiting + (4 if composite else 2) * s.residual,
-        gradients=(2 if model.form == "gpt_neox" else 1) * s.hidden * s.weight,
+        keeps=(s.residual if keeps_input else 0) + normed + s.tokens * _statistics(kind),
+        backward=waiting + 2 * s.residual + 2 * normed,
+        gradients=_vectors(kind) * s.hidden * s.weight,
     )
 
 
-def _attention(s: Sizes, kernels: Mapping[str, str], *, documents: bool, waiting: int) -> Op:
+def _head_norms(
+    model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, documents: bool, waiting: int
+) -> Op | None:
+    """The norms of queries and keys, where the model has them: of what qkv gave, which attention counts."""
+    if model.qk_norm == "none":
+        return None
+    qk, width = s.values(s.queries + s.keys), s.queries // s.heads
+    normed = qk if _keeps_normed(model.qk_norm, kernels) else 0
+    statistics = s.tokens * (s.queries + s.keys) // width * _statistics(model.qk_norm)
+    # Attention over documents keeps copies of its own.
+    kept = s.values(s.queries + 2 * s.keys) if documents else 0
+    return Op(
+        "qk_norm",
+        keeps=kept + normed + statistics,
+        backward=waiting + 3 * qk,
+        gradients=2 * _vectors(model.qk_norm) * width * s.weight,
+    )
+
+
+def _keeps_normed(kind: str, kernels: Mapping[str, str]) -> bool:
+    """Whether the values are kept once more, before the weight: by an RMSNorm that is made of several ops."""
+    return kind == "rms_norm" and kernels[kind] != "triton"
+
+
+def _statistics(kind: str) -> int:
+    """Bytes of what a norm keeps of each vector: 1 / its deviation, and for LayerNorm its mean."""
+    return WIDE * _vectors(kind)
+
+
+def _vectors(kind: str) -> int:
+    """Weight, and for LayerNorm bias."""
+    return 2 if kind == "layer_norm" else 1
+
+
+def _attention(model: ModelConfig, s: Sizes, *, documents: bool, waiting: int) -> Op:
     """Rotary position and attention: rotated queries and keys, the values, what comes out, log Z of each query.
 
-    The values are a view of all that qkv gave, which is kept with them.
+    The values are a view of all that qkv gave, which is kept with them. Documents are laid end to end in copies.
     """
     qkv, mixed = s.values(s.queries + 2 * s.keys), s.values(s.queries)
-    log_z = s.rows * s.length * s.heads * WIDE
-    # Documents by themselves are laid end to end in copies, so that what qkv gave is not kept.
     rotated = 0 if documents else s.values(s.queries + s.keys)
+    log_z = s.tokens * s.heads * WIDE
     return Op("attention", keeps=rotated + qkv + mixed + log_z, backward=waiting + mixed + qkv)
 
 
@@ -150,13 +179,13 @@ def _gelu(s: Sizes, waiting: int) -> Op:
 
 
 def _swiglu(s: Sizes, kernels: Mapping[str, str], waiting: int) -> Op:
-    """Keeps gate and up, and in plain PyTorch silu(gate)."""
+    """Keeps gate and up, and where it is made of several ops silu(gate)."""
     mlp = s.values(s.mlp)
-    return Op("swiglu", keeps=3 * mlp, backward=waiting + 3 * mlp)
+    return Op("swiglu", keeps=(2 if kernels["swiglu"] == "triton" else 3) * mlp, backward=waiting + 3 * mlp)
 
 
 def rotary_tables(model: ModelConfig, s: Sizes, *, documents: bool) -> int:
-    """Bytes of cosine and sine, which all layers share: of each position, or of each token where rows have their own."""
+    """Bytes of cosine and sine, which all layers share: of each position, or of each token in rows of documents."""
     return 2 * (s.tokens if documents else s.length) * (model.rotary_dims // 2) * WIDE
 
 

@@ -4,11 +4,12 @@
     estimate.peak.total                         # bytes, at the moment at which they are most
     estimate.peak.when                          # "loss", "backward" or "update"
 
-A step has three moments at which memory can be highest: while the loss is computed, when all that the forward pass keeps
-is there; somewhere in the backward pass; and the optimizer's update. Each is a sum of terms, and each term stands in one
-small function below or as an `Op` of `megacl.activations`. It is the memory of tensors: the interpreter, libraries and a
-GPU's context come on top, and so does what an allocator keeps for later. tools/bench/memory.py measures how far it is
-right; docs/parallelism.md shows it for whole models. With engine.compile it counts what would be kept without.
+A step has three moments at which memory can be highest: while the loss is computed, when all that the forward pass
+keeps is there; somewhere in the backward pass; and the optimizer's update. Each is a sum of terms, and each term stands
+in one small function below or as an `Op` of `megacl.activations`. It is the memory of tensors: the interpreter,
+libraries and a GPU's context come on top, and so does what an allocator keeps for later. tools/bench/memory.py measures
+how far it is right; docs/parallelism.md shows it for whole models. With engine.compile it counts what would be kept
+without.
 """
 
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,8 @@ class MemoryEstimate:
 
     moments: tuple[Moment, ...]
     """While the loss is computed, in the backward pass where it is highest, in the update."""
+    kept: int
+    """What autograd keeps of a micro batch between its forward and its backward pass."""
 
     @property
     def peak(self) -> Moment:
@@ -83,7 +86,7 @@ def estimate_memory(
         accumulates=micro_batches > 1,
     )
     between = Moment("between", parameters=walk.weights, optimizer=2 * walk.weights)
-    return MemoryEstimate((walk.forward(between), walk.backward(between), walk.update(between)))
+    return MemoryEstimate((walk.forward(between), walk.backward(between), walk.update(between)), kept=walk.kept)
 
 
 def _sizes(model: ModelConfig, *, seq_length: int, micro_batch_size: int, half: bool) -> Sizes:
@@ -145,13 +148,18 @@ class _Walk:
         in_layers = sum(op.gradients for layer in self.layers for op in layer.ops)
         return (0 if self.tied else self.embed.gradients) + in_layers + self.norm.gradients + self.loss.gradients
 
+    @property
+    def kept(self) -> int:
+        """Bytes that are kept when the forward pass is over."""
+        return self.tables + sum(layer.keeps for layer in self.layers) + self.norm.keeps + self.loss.keeps
+
     def forward(self, between: Moment) -> Moment:
         """While the loss is computed, when all layers were gone through."""
         return replace(
             between,
             when="loss",
             gradients=self.weights if self.accumulates else 0,
-            activations=self.tables + sum(layer.keeps + layer.casts for layer in self.layers) + self.norm.keeps,
+            activations=self.kept - self.loss.keeps + sum(layer.casts for layer in self.layers),
             loss=self.loss.keeps + self.loss.forward,
         )
 
@@ -159,7 +167,10 @@ class _Walk:
         """Where the backward pass takes most: activations go as gradients come."""
         moments, gradients = [], 0
         for op, kept in self._backward_ops():
-            added = op is self.embed and self.tied  # to the head's
+            # The gradient of weights is a temporary where it is added to another: to that of an earlier micro batch, or
+            # a tied embedding's to the head's, which waits for it.
+            added = op.gradients if self.accumulates or (self.tied and op is self.embed) else 0
+            waits = self.loss.gradients if self.accumulates and self.tied and op is not self.loss else 0
             gradients += 0 if added else op.gradients
             moments.append(
                 replace(
@@ -168,7 +179,7 @@ class _Walk:
                     gradients=self.weights if self.accumulates else gradients,
                     activations=kept,
                     loss=self.loss.keeps if op is self.loss else 0,
-                    temporaries=op.backward + (op.gradients if added or self.accumulates else 0),
+                    temporaries=op.backward + added + waits,
                 )
             )
         return max(moments, key=lambda moment: moment.total)
@@ -179,9 +190,10 @@ class _Walk:
 
     def _backward_ops(self) -> Iterator[tuple[Op, int]]:
         """(op, bytes of activations that are kept as its backward pass begins), the last op first."""
-        below = self.tables + sum(layer.keeps for layer in self.layers)
-        yield self.loss, below + self.norm.keeps
-        yield self.norm, below + self.norm.keeps
+        below = self.kept - self.loss.keeps
+        yield self.loss, below
+        yield self.norm, below
+        below -= self.norm.keeps
         for layer in reversed(self.layers):
             below -= layer.keeps
             inside = sum(op.keeps + op.cast for op in layer.ops)

@@ -24,7 +24,7 @@ LEVELS = [
     "data.rewrite data.duplicates data.remove data.near data.dedup data.overview data.export "
     "data.provide data.sequences data.packing data.mixture data.replay data.planning data.stream "
     "data.lookahead data.loader "
-    "model.layers model.gpt optimizer",
+    "model.layers model.gpt optimizer activations memory",
     "engine engine.base engine.native engine.zero engine.adapter checkpoint parallel.apply",
     "convert evaluate predict plan sample resume history saw",
     "trainer",

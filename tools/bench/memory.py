@@ -143,7 +143,9 @@ def cases() -> list[Case]:
 
 def table() -> None:
     """Measures each case and prints it beside its estimate."""
-    print("form      vocabulary  tied  engine      stage  ranks  checkpointing  sequences    estimate    measured  ratio  peak")
+    print(
+        "form      vocabulary  tied  engine      stage  ranks  checkpointing  sequences    estimate    measured  ratio  peak"
+    )
     for case in cases():
         said, when = estimated(case)
         found = measure(case)

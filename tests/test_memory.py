@@ -1,0 +1,135 @@
+"""The model of memory, beside what autograd keeps, what the allocator gave out, and resident memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megacl.config import EngineConfig, OptimizerConfig
+from megacl.engine import build_engine
+from megacl.kernels import choose_kernels
+from megacl.memory import MemoryEstimate, estimate_memory
+from megacl.model.config import ModelConfig
+from megacl.model.gpt import GPT, build_model, count_parameters
+from megacl.model.layers import find_documents
+from megacl.parallel.ranks import Ranks
+
+ROWS, LENGTH = 3, 64
+
+FORMS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {},
+    "llama": {"form": "llama", "num_kv_heads": 2, "intermediate_size": 96},
+    "tied": {"form": "llama", "tie_embeddings": True},
+    "layer norm of heads": {"qk_norm": "layer_norm", "rotary_pct": 1.0},
+    "rms norm of heads": {"form": "llama", "qk_norm": "rms_norm", "num_kv_heads": 1},
+}
+
+
+def model_of(form: str, **changes: Any) -> ModelConfig:
+    shape = {"vocab_size": 512, "hidden_size": 128, "num_layers": 3, "num_attention_heads": 4}
+    return ModelConfig(**{**shape, **FORMS[form], **changes})
+
+
+def kept_by_autograd(model: GPT, tokens: torch.Tensor, *, half: bool) -> int:
+    """Bytes of all storages that are saved for the backward pass, but weights and tokens."""
+    known = {each.untyped_storage().data_ptr() for each in (*model.parameters(), tokens)}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in known:
+            saved[place] = tensor
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        model(tokens, tokens)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def estimate(config: ModelConfig, engine: EngineConfig, **options: Any) -> MemoryEstimate:
+    return estimate_memory(config, engine, seq_length=LENGTH, micro_batch_size=ROWS, device="cpu", **options)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_autograd_keeps_is_counted_to_the_byte(form, documents, checkpointing):
+    config, engine = model_of(form), EngineConfig(activation_checkpointing=checkpointing)
+    model = build_model(config, seed=0)
+    model.use(choose_kernels(device="cpu", half=False, compiled=False, overrides={}))
+    model.checkpoint_layers = checkpointing == "full"
+    model.document_end = 0 if documents else None
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (ROWS, LENGTH)))
+    said = estimate(config, engine, documents=documents).kept
+    if documents and checkpointing == "full":  # their bounds are an input of each layer, and not counted
+        said += find_documents(tokens, 0)[0].nbytes
+    assert kept_by_autograd(model, tokens, half=False) == said
+
+
+def test_what_autocast_keeps_is_counted_to_the_byte():
+    """Under full checkpointing too: the copies of weights are not kept then."""
+    for checkpointing in ("none", "full"):
+        config, engine = model_of("gpt_neox"), EngineConfig(precision="bf16", activation_checkpointing=checkpointing)
+        model = build_model(config, seed=0)
+        model.use(choose_kernels(device="cpu", half=True, compiled=False, overrides={}))
+        model.checkpoint_layers = checkpointing == "full"
+        tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (ROWS, LENGTH)))
+        assert kept_by_autograd(model, tokens, half=True) == estimate(config, engine).kept
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_counted_to_the_byte(form):
+    update = estimate(model_of(form), EngineConfig()).moments[-1]
+    assert update.parameters == update.gradients == 4 * count_parameters(model_of(form))
+    assert update.optimizer == 8 * count_parameters(model_of(form))
+
+
+def allocated(config: ModelConfig, engine: EngineConfig, *, micro_batches: int) -> int:
+    """Bytes of tensors at the peak of a second step, weights and moments included, by the profiler's record."""
+    rows = (engine.micro_batch_size or 0) * micro_batches
+    model = build_model(config, seed=0)
+    built = build_engine(model, engine=engine, optimizer=OptimizerConfig(), ranks=Ranks())
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, LENGTH + 1))
+    built.step(tokens, lr=1e-3)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        built.step(tokens, lr=1e-3)
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return 12 * count_parameters(config) + int(np.cumsum(changes).max())
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("form", ["gpt_neox", "llama", "tied"])
+@pytest.mark.parametrize("shape", [{}, {"vocab_size": 4096}, {"num_layers": 12, "hidden_size": 64}])
+def test_a_step_allocates_what_was_estimated(form, shape, checkpointing, micro_batches):
+    config = model_of(form, **shape)
+    engine = EngineConfig(micro_batch_size=ROWS, loss_chunk=64, activation_checkpointing=checkpointing)
+    said = estimate(config, engine, micro_batches=micro_batches).peak.total
+    assert said == pytest.approx(allocated(config, engine, micro_batches=micro_batches), rel=0.01)
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def beside_resident_memory(**case: Any) -> tuple[int, int]:
+    """(estimate, measurement) in bytes, of fresh processes."""
+    command = [sys.executable, "tools/bench/memory.py", "--case", json.dumps(case)]
+    here = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY, env=here, timeout=300)
+    said, found = map(int, done.stdout.split())
+    return said, found
+
+
+@pytest.mark.parametrize("case", [{}, {"vocab_size": 32768, "tie_embeddings": True}])
+def test_resident_memory_is_within_five_percent(case):
+    model = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_attention_heads": 6, **case}
+    said, found = beside_resident_memory(model=model, micro_batch_size=4)
+    assert said == pytest.approx(found, rel=0.05)
