@@ -199,19 +199,26 @@ def final_norm(model: ModelConfig, s: Sizes, kernels: Mapping[str, str]) -> Op:
     return _norm(model, s, kernels, "final_norm", keeps_input=True, waiting=0)
 
 
-def loss(s: Sizes, *, chunk: int) -> Op:
+def loss(s: Sizes, kernels: Mapping[str, str], *, chunk: int, device: str) -> Op:
     """The head and the loss in chunks, which keep the gradients of the hidden states and of the head's weight.
 
-    While it runs there are the hidden states, the last layer's two results, the logits of two chunks (the next is made
-    while the last one still has its name), and in 16 bits copies of the head's weight, of its gradient and of logits.
+    While it runs there are the hidden states and the last layer's two results; a chunk's logits; in 16 bits a copy of
+    the head's weight, and unless one kernel does the softmax the logits once more in fp32. A CPU multiplies copies of
+    16-bit factors in fp32.
     """
     logits, head = min(chunk, s.tokens) * s.vocab, s.vocab * s.hidden
     dx, dhead = s.residual, head * WIDE
     held = 2 * s.residual + s.values(s.hidden)
-    before = logits if s.tokens > chunk else 0
-    if s.value == WIDE:
-        forward = held + (before + logits) * WIDE
-    else:
-        gradient = s.value + WIDE
-        forward = held + s.cast(head) + max((2 * before + logits) * gradient, logits * gradient + head * gradient)
-    return Op("loss", keeps=dx + dhead, forward=forward, backward=dx, gradients=head * s.weight)
+    in_softmax = logits * (WIDE if s.value == WIDE else s.value)
+    if s.value < WIDE and kernels["linear_cross_entropy"] != "triton":
+        in_softmax += logits * WIDE
+    in_products = 0
+    if s.value < WIDE and device == "cpu":
+        in_products = logits * (s.value + WIDE) + (head * WIDE if s.stream == WIDE else 0)
+    return Op(
+        "loss",
+        keeps=dx + dhead,
+        forward=held + s.cast(head) + max(in_softmax, in_products),
+        backward=dx,
+        gradients=head * s.weight,
+    )

@@ -81,7 +81,7 @@ def estimate_memory(
         embed=embedding(s),
         layers=model.num_layers * [_layer(engine, s, layer_ops(model, s, kernels, documents=documents))],
         norm=final_norm(model, s, kernels),
-        loss=loss(s, chunk=engine.loss_chunk),
+        loss=loss(s, kernels, chunk=engine.loss_chunk, device=device),
         tied=model.tie_embeddings,
         accumulates=micro_batches > 1,
     )

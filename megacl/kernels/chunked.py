@@ -61,6 +61,7 @@ def sums_and_gradients(
                 dx_ND[rows] = _product(gradient, weight, dx_ND.dtype)
             if dweight_VD is not None:
                 _add_product(dweight_VD, gradient.t(), x)
+            del gradient  # before there are the next chunk's logits
     nats, squares = sums
     objective = nats + z_loss * squares if z_loss else nats  # squares that overflow are nobody's loss then
     return torch.stack([objective, nats, squares]), dx_ND, dweight_VD

@@ -1,12 +1,13 @@
 """Peak memory of training steps beside what megacl.memory says they take.
 
-    python tools/bench/memory.py                 # each case measured in fresh processes, a table of both and their ratio
+    python tools/bench/memory.py            # each case measured in fresh processes, a table of both and their ratio
     python tools/bench/memory.py --case '{"model": {...}, "engine": {...}, "seq_length": 256, "micro_batch_size": 8}'
 
 On a CPU it is resident memory: the highest value (VmHWM) that a process reaches while it builds a model and takes three
 steps, less what it had before the model was built, when it had taken steps of a tiny one, so that libraries are loaded.
-MALLOC_MMAP_THRESHOLD_=65536 is set, so that glibc gives each tensor pages of its own and takes them back at once; without
-it resident memory is what tensors take and what malloc keeps for later. On a GPU it is torch.cuda.max_memory_allocated.
+MALLOC_MMAP_THRESHOLD_=65536 is set, so that glibc gives each tensor pages of its own and takes them back at once;
+without it resident memory is what tensors take and what malloc keeps for later. On a GPU it is
+torch.cuda.max_memory_allocated.
 """
 
 import argparse
@@ -144,7 +145,8 @@ def cases() -> list[Case]:
 def table() -> None:
     """Measures each case and prints it beside its estimate."""
     print(
-        "form      vocabulary  tied  engine      stage  ranks  checkpointing  sequences    estimate    measured  ratio  peak"
+        "form      vocabulary  tied  engine      stage  ranks  checkpointing  sequences  "
+        "  estimate    measured  ratio  peak"
     )
     for case in cases():
         said, when = estimated(case)
