@@ -19,6 +19,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from megacl.parallel.ranks import Ranks
+
 SECONDS = 120
 """How long a call may take on any rank."""
 
@@ -41,6 +43,12 @@ def run_on_fresh_ranks(world_size: int, function: Callable[..., Any], *args: Any
         return pool.run(function, args, kwargs)
     finally:
         pool.close()
+
+
+@functools.cache
+def arranged(ranks: Ranks, tensor_parallel: int, sequence_parallel: int) -> Ranks:
+    """`Ranks.arrange`, in groups that a rank keeps for the next test."""
+    return ranks.arrange(tensor_parallel=tensor_parallel, sequence_parallel=sequence_parallel)
 
 
 @functools.cache

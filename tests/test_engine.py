@@ -106,8 +106,8 @@ def train(
     engine = make_engine(ranks, document_end=document_end, **settings)
     if go_on_from is not None:
         restore(engine, go_on_from)
-    rows = ROWS // ranks.world_size
-    mine = slice(ranks.rank * rows, (ranks.rank + 1) * rows)
+    rows = ROWS // ranks.dp_size
+    mine = slice(ranks.dp_rank * rows, (ranks.dp_rank + 1) * rows)
     held_out = batch(1000)[mine]
     outcome = Outcome()
     nats = engine.nats(held_out[:, :-1], held_out[:, 1:])

@@ -32,6 +32,15 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
         compiled=engine.compile,
         overrides=engine.kernels,
     )
+    if ranks.tp_size * ranks.sp_size > 1:
+        # Late, since a run on one rank begins sooner without it.
+        from megacl.parallel.apply import apply_sequence_parallel, apply_tensor_parallel, parallel_kernels
+
+        ops = parallel_kernels(ops, ranks)
+        if ranks.tp_size > 1:
+            apply_tensor_parallel(model, ranks)
+        if ranks.sp_size > 1:
+            apply_sequence_parallel(model, ranks)
     model.use(ops)
     model.loss_chunk, model.z_loss = engine.loss_chunk, optimizer.z_loss
     model.checkpoint_layers = engine.activation_checkpointing == "full"

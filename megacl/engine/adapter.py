@@ -69,19 +69,22 @@ def start(config: EngineConfig, ranks: Ranks) -> None:
         raise LaunchError("engine.precision is fp16, which DeepSpeed does not run on this device; use fp32 or bf16.")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
+    deepspeed.utils.groups.mpu = None  # it keeps the groups of an engine before this one
 
 
-def partition(module: nn.Module, dtype: torch.dtype) -> None:
+def partition(module: nn.Module, dtype: torch.dtype, ranks: Ranks) -> None:
     """Leaves each rank its shard of the module's parameters, in `dtype`: what ZeRO-3 makes of a model, for one module.
 
     Every rank must call it, with the same modules in the same order.
     """
     import deepspeed
 
-    deepspeed.zero.Init(module=module.to(dtype), dtype=dtype)
+    deepspeed.zero.Init(module=module.to(dtype), dtype=dtype, data_parallel_group=ranks.replica_group)
 
 
-def initialize(model: GPT, optimizer: torch.optim.AdamW, config: EngineConfig, *, max_grad_norm: float | None) -> Any:
+def initialize(
+    model: GPT, optimizer: torch.optim.AdamW, config: EngineConfig, *, max_grad_norm: float | None, ranks: Ranks
+) -> Any:
     """DeepSpeed's engine around the model, on this rank's device.
 
     One micro batch is one step as far as DeepSpeed knows: the caller sets the accumulation boundary and scales the
@@ -104,14 +107,47 @@ def initialize(model: GPT, optimizer: torch.optim.AdamW, config: EngineConfig, *
         settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     if config.precision == "fp16":
         settings |= {"fp16": {"enabled": True}}
+    mpu = _ModelParallelUnit(ranks) if ranks.tp_size > 1 else None
     with contextlib.redirect_stdout(io.StringIO()):  # some stages print their memory
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)[0]
     if config.zero_stage == 3 and config.precision in ("fp32", "tf32"):
         # The shards are fp32 already: they serve as masters, where DeepSpeed keeps a copy of them.
         zero = engine.optimizer
         for master, shards in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
             master.data = shards.data
     return engine
+
+
+class _ModelParallelUnit:
+    """The groups of a run by the names under which DeepSpeed asks for them, as Megatron-LM's.
+
+    Its data-parallel group is the one over which gradients are averaged and state is sharded.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def get_data_parallel_group(self) -> Any:
+        return self._ranks.replica_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._ranks.rank // self._ranks.tp_size
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._ranks.replica_size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._ranks.tp_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._ranks.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._ranks.tp_size
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
 def export_parameters(engine: Any, *, with_moments: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -80,7 +80,8 @@ class Engine(ABC):
         """
         micro_batches = self._micro_batches(tokens)
         # Ranks average their gradients, so each divides by an equal share of all targets, however many are its own.
-        share = tokens.shape[0] * (tokens.shape[1] - 1) if targets is None else targets / self._ranks.dp_size
+        all_targets = tokens.shape[0] * (tokens.shape[1] - 1) * self._ranks.dp_size if targets is None else targets
+        share = all_targets / self._ranks.replica_size
         sums = torch.zeros(3, device=self._device)
         self._forward.train()
         for index, batch_BT in enumerate(micro_batches, start=1):
@@ -103,16 +104,22 @@ class Engine(ABC):
     def nats(self, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> float:
         """Sum of -log p(target) over this rank's rows, both int64 [rows, T], in nats; a target of -100 counts nothing.
 
-        The rows go through the model together. With ZeRO-3 every rank must call it as often.
+        The rows go through the model together. Where ranks share rows, their results add up to the rows' sum. With
+        ZeRO-3 and in groups every rank must call it as often.
         """
         self._forward.eval()
         with self._autocast():
             sums: Tensor = self._forward(self._on_device(tokens), self._on_device(targets))
-        return sums[1].item()
+        return sums[1].item() if self._ranks.tp_rank == 0 else 0.0  # the ranks of a group have the same
 
     @torch.no_grad()
     def logits(self, tokens: NDArray[np.int64]) -> Tensor:
-        """Logits of the position after the last of tokens, int64 [rows, T]: fp32 [rows, vocab_size] on the CPU."""
+        """Logits of the position after the last of tokens, int64 [rows, T]: fp32 [rows, vocab_size] on the CPU.
+
+        Raises LaunchError where ranks share each sequence.
+        """
+        if self._ranks.sp_size > 1:
+            raise LaunchError("logits are computed of whole sequences; set engine.sequence_parallel=1.")
         self._forward.eval()
         with self._autocast():
             logits_B1V: Tensor = self._forward(self._on_device(tokens), last_only=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megacl.config import EngineConfig, OptimizerConfig
@@ -16,10 +17,11 @@ from megacl.kernels import Kernels
 from megacl.model.gpt import GPT
 from megacl.optimizer import build_optimizer
 from megacl.parallel.ranks import Ranks
+from megacl.parallel.tensor import gather, shard_of, take_part
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO over all ranks, stage 0 to 3: gradients averaged, state sharded as the stage says."""
+    """ZeRO, stage 0 to 3, over the ranks that hold the same part of the layers: gradients averaged, state sharded."""
 
     def __init__(
         self, model: GPT, ops: Kernels, config: EngineConfig, optimizer: OptimizerConfig, ranks: Ranks
@@ -32,19 +34,23 @@ class DeepSpeedEngine(Engine):
 
             def finish(module: nn.Module) -> None:
                 if config.zero_stage == 3:
-                    adapter.partition(module, dtype)
+                    adapter.partition(module, dtype, ranks)
                 else:
                     module.to(dtype)
 
-            model.materialize(device, finish=finish)
+            model.materialize(device, part=take_part, finish=finish)
         self._deepspeed = adapter.initialize(
             model,
             build_optimizer(model, optimizer, width_ratio=model.config.width_ratio),
             config,
             max_grad_norm=optimizer.max_grad_norm,
+            ranks=ranks,
         )
+        self._shards = {name: shard for name, each in model.named_parameters() if (shard := shard_of(each))}
         if fresh and dtype != torch.float32:  # the masters were made from the rounded weights
-            adapter.import_parameters(self._deepspeed, lambda name, shape: {"weight": model.initial(name)}, step=0)
+            adapter.import_parameters(
+                self._deepspeed, lambda name, shape: {"weight": self._part(name, model.initial(name))}, step=0
+            )
         super().__init__(model, self._deepspeed, ops, config, optimizer, device=device, ranks=ranks)
 
     @property
@@ -60,12 +66,12 @@ class DeepSpeedEngine(Engine):
         mean = self._ranks.sum(np.array(sums.tolist())) / self._ranks.world_size
         loss, log_z = float(mean[0]), math.sqrt(mean[1])
         if loss > skip_above:
-            norm = float(_norm(self._model)) if self._config.zero_stage == 0 else math.nan
+            norm = float(_norm(self._model, self._ranks)) if self._config.zero_stage == 0 else math.nan
             self._deepspeed.zero_grad()
             return StepResult(loss, norm, applied=False, log_z=log_z)
         if self._config.zero_stage == 0:
             # DeepSpeed clips here, but does not say to what, and would step with a gradient that is not finite.
-            norm = float(_norm(self._model))
+            norm = float(_norm(self._model, self._ranks))
             if not math.isfinite(norm):
                 self._deepspeed.zero_grad()
                 return StepResult(loss, norm, applied=False, log_z=log_z)
@@ -91,20 +97,38 @@ class DeepSpeedEngine(Engine):
         self._updates = 0
 
     def export_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        yield from adapter.export_parameters(self._deepspeed, with_moments=self._updates > 0)
+        for name, state in adapter.export_parameters(self._deepspeed, with_moments=self._updates > 0):
+            if shard := self._shards.get(name):
+                state = {key: shard.join(gather(part, self._ranks.tp_group)) for key, part in state.items()}
+            yield name, state
 
     def import_state(
         self, load: Callable[[str], dict[str, Tensor]], *, optimizer_step: int, loss_scale: float | None
     ) -> None:
         def checked(name: str, shape: torch.Size) -> dict[str, Tensor]:
-            return load_checked(load, name, shape)
+            shard = self._shards.get(name)
+            loaded = load_checked(load, name, shard.whole_shape(shape) if shard else shape)
+            return {key: self._part(name, whole) for key, whole in loaded.items()}
 
         adapter.import_parameters(self._deepspeed, checked, step=optimizer_step)
         self._updates = optimizer_step
         if loss_scale is not None and self._config.precision == "fp16":
             self._deepspeed.optimizer.loss_scaler.cur_scale = loss_scale
 
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        """What of a parameter's whole value lies on this rank, before ZeRO shards it."""
+        shard = self._shards.get(name)
+        return shard.take(whole) if shard else whole
 
-def _norm(model: GPT) -> Tensor:
-    """The norm of the whole gradient."""
-    return nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+
+def _norm(model: GPT, ranks: Ranks) -> Tensor:
+    """The norm of the whole gradient; of what the ranks of a tensor-parallel group hold alike, the first one's."""
+    own = [
+        parameter.grad
+        for parameter in model.parameters()
+        if parameter.grad is not None and (ranks.tp_rank == 0 or shard_of(parameter))
+    ]
+    squares = nn.utils.get_total_norm(own).square()
+    if ranks.tp_size > 1:
+        dist.all_reduce(squares, group=ranks.tp_group)
+    return squares.sqrt()

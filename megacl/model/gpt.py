@@ -83,6 +83,7 @@ class GPT(nn.Module):
 
     loss_chunk: tokens whose logits exist at one time while a loss is computed. z_loss: the weight of (log Z)^2 in it.
     checkpoint_layers: keep only each layer's input for the backward pass and compute the layer again there.
+    time_part: (r, n): a loss is computed over the r-th of n equal parts of each row, its tokens at their places in it.
     initial: the whole initial weight of a parameter, by its name, fp32 on the CPU.
     document_end: the token that ends a document. With it, tokens do not look across documents and positions count from
     where each begins (`find_documents`); with None, a sequence is one text.
@@ -95,6 +96,7 @@ class GPT(nn.Module):
         self.z_loss = 0.0
         self.checkpoint_layers = False
         self.document_end: int | None = None
+        self.time_part = (0, 1)
         self.initial: Callable[[str], Tensor] = _no_initial_weight
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -126,6 +128,10 @@ class GPT(nn.Module):
         if self.document_end is not None:
             bounds, positions_BT = find_documents(tokens_BT, self.document_end)
             cos_PR, sin_PR = (table_TR[positions_BT].unsqueeze(1) for table_TR in (cos_PR, sin_PR))
+        part, parts = self.time_part
+        if targets_BT is not None and parts > 1:
+            tokens_BT, targets_BT = (ids_BT.chunk(parts, dim=1)[part] for ids_BT in (tokens_BT, targets_BT))
+            cos_PR, sin_PR = (table_PR.chunk(parts, dim=-2)[part] for table_PR in (cos_PR, sin_PR))
         x_BTD: Tensor = self.embed(tokens_BT)
         delta_BTD: Tensor | None = None
         for layer in self.layers:

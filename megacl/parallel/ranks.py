@@ -1,6 +1,6 @@
 """The ranks of a run: how the processes find one another, and the few things that they say to one another.
 
-    ranks = start_ranks(timeout=600)
+    ranks = start_ranks(timeout=600).arrange(tensor_parallel=2, sequence_parallel=1)
     stop = ranks.any(signal_received)
     stop_ranks()
 
@@ -42,6 +42,12 @@ class Ranks:
     sp_rank: int = 0
     """Place among the ranks that share each sequence."""
     sp_size: int = 1
+    tp_group: Any = field(default=None, repr=False, compare=False)
+    """Process groups, each None where it would be this rank alone: the ranks that share each layer,"""
+    sp_group: Any = field(default=None, repr=False, compare=False)
+    """the ranks that share each sequence,"""
+    replica_group: Any = field(default=None, repr=False, compare=False)
+    """and those that hold the same part of the layers, over which gradients are averaged; None for all ranks."""
 
     @property
     def dp_rank(self) -> int:
@@ -52,6 +58,44 @@ class Ranks:
     def dp_size(self) -> int:
         """Into how many parts the batch's sequences are dealt."""
         return self.world_size // (self.tp_size * self.sp_size)
+
+    @property
+    def replica_size(self) -> int:
+        """How many ranks hold the same part of the layers, and average their gradients: dp_size x sp_size."""
+        return self.world_size // self.tp_size
+
+    def arrange(self, *, tensor_parallel: int, sequence_parallel: int) -> "Ranks":
+        """These ranks in groups that share each layer and each sequence; all of them must call it.
+
+        The ranks of a tensor-parallel group are neighbours, so that they are on one machine. Raises LaunchError where
+        the sizes do not divide the number of ranks.
+        """
+        tp, sp = tensor_parallel, sequence_parallel
+        if self.world_size % (tp * sp):
+            raise LaunchError(
+                f"{self.world_size} ranks cannot be dealt out to engine.tensor_parallel, {tp}, x "
+                f"engine.sequence_parallel, {sp}; start a multiple of {tp * sp} ranks."
+            )
+        if (tp, sp) == (1, 1):
+            return self
+        arranged = dataclasses.replace(
+            self, tp_rank=self.rank % tp, tp_size=tp, sp_rank=self.rank // tp % sp, sp_size=sp
+        )
+        import torch.distributed as dist
+
+        def group(ranks: range) -> Any:
+            # Each rank makes its own groups alone; with thousands of ranks, all groups on all of them would take long.
+            return dist.new_group(list(ranks), use_local_synchronization=True)
+
+        first = self.rank - arranged.tp_rank
+        return dataclasses.replace(
+            arranged,
+            tp_group=group(range(first, first + tp)) if tp > 1 else None,
+            sp_group=group(range(self.rank - arranged.sp_rank * tp, self.rank + (sp - arranged.sp_rank) * tp, tp))
+            if sp > 1
+            else None,
+            replica_group=group(range(arranged.tp_rank, self.world_size, tp)) if tp > 1 else None,
+        )
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
