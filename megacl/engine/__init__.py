@@ -14,6 +14,7 @@ from megacl.engine.native import NativeEngine
 from megacl.engine.zero import DeepSpeedEngine
 from megacl.kernels import choose_kernels
 from megacl.model.gpt import GPT
+from megacl.parallel.apply import apply_sequence_parallel, apply_tensor_parallel, parallel_kernels
 from megacl.parallel.ranks import Ranks
 
 __all__ = ["Engine", "StepResult", "build_engine"]
@@ -26,22 +27,16 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
     where the engine cannot run so: native on several ranks, DeepSpeed of another version; ConfigError where
     engine.kernels names what there is not.
     """
-    ops = choose_kernels(
+    chosen = choose_kernels(
         device="cuda" if torch.cuda.is_available() else "cpu",
         half=engine.precision in ("bf16", "fp16"),
         compiled=engine.compile,
         overrides=engine.kernels,
     )
-    if ranks.tp_size * ranks.sp_size > 1:
-        # Late, since a run on one rank begins sooner without it.
-        from megacl.parallel.apply import apply_sequence_parallel, apply_tensor_parallel, parallel_kernels
-
-        ops = parallel_kernels(ops, ranks)
-        if ranks.tp_size > 1:
-            apply_tensor_parallel(model, ranks)
-        if ranks.sp_size > 1:
-            apply_sequence_parallel(model, ranks)
+    ops = parallel_kernels(chosen, ranks)
     model.use(ops)
+    apply_tensor_parallel(model, ranks)
+    apply_sequence_parallel(model, ranks)
     model.loss_chunk, model.z_loss = engine.loss_chunk, optimizer.z_loss
     model.checkpoint_layers = engine.activation_checkpointing == "full"
     if engine.compile:

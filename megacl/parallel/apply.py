@@ -11,6 +11,7 @@ every sequence. Names and whole values of the parameters stay those of the plain
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from megacl.model.gpt import GPT, Block
 from megacl.model.layers import GeluMLP
 from megacl.parallel import vocabulary
 from megacl.parallel.ranks import Ranks
-from megacl.parallel.tensor import RowParallel, column_parallel, cut, gather
+from megacl.parallel.tensor import RowParallel, column_parallel, copy_to, cut, gather
 from megacl.parallel.ulysses import over_sequence
 
 
@@ -48,8 +49,11 @@ def _replace(ops: Kernels, op: str, function: Any, name: str, why: str) -> Kerne
 def apply_tensor_parallel(model: GPT, ranks: Ranks) -> None:
     """Leaves this rank its part of every layer: heads, the MLP's width, and rows of the vocabulary.
 
-    The sizes must divide by ranks.tp_size.
+    The sizes must divide by ranks.tp_size; where it is 1, nothing is done. Comes after `GPT.use`, whose norms of queries
+    and keys it changes.
     """
+    if ranks.tp_size == 1:
+        return
     config = model.config
     queries, keys = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
     for layer in model.layers:
@@ -59,6 +63,9 @@ def apply_tensor_parallel(model: GPT, ranks: Ranks) -> None:
         attention.kv_heads //= ranks.tp_size
         column_parallel(attention.qkv, (queries, keys, keys), ranks)
         attention.out = RowParallel(attention.out, ranks)
+        for norm in (attention.q_norm, attention.k_norm):
+            if norm is not None:
+                norm.ops = _weights_of_all_heads(norm.ops, ranks)
         if isinstance(mlp, GeluMLP):
             column_parallel(mlp.up, (config.mlp_size,), ranks)
         else:
@@ -68,6 +75,18 @@ def apply_tensor_parallel(model: GPT, ranks: Ranks) -> None:
     cut(model.head, "weight", dim=0, sections=(config.vocab_size,), ranks=ranks)
     model.tie()
     model.head.register_forward_hook(functools.partial(_gather_logits, ranks))
+
+
+def _weights_of_all_heads(ops: Kernels, ranks: Ranks) -> Kernels:
+    """Norms whose weights are the same for all heads, of which each rank has some: gradients of weights are added up."""
+
+    def added_up(norm: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def of_own_heads(x: Tensor, *weights_and_eps: Any) -> tuple[Tensor, Tensor]:
+            return norm(x, *(copy_to(each, ranks) if isinstance(each, Tensor) else each for each in weights_and_eps))
+
+        return of_own_heads
+
+    return dataclasses.replace(ops, rms_norm=added_up(ops.rms_norm), layer_norm=added_up(ops.layer_norm))
 
 
 def apply_sequence_parallel(model: GPT, ranks: Ranks) -> None:
