@@ -264,7 +264,10 @@ def report(
 
 @contextlib.contextmanager
 def _open_model(reference: str) -> "Iterator[tuple[Checkpoint, Engine, Ranks]]":
-    """A checkpoint and an engine that holds its weights: on one rank the native one, whatever trained it."""
+    """A checkpoint and an engine that holds its weights: on one rank the native one, whatever trained it.
+
+    On several they share the layers as in training, and sequences are dealt out whole.
+    """
     import dataclasses
 
     from megacl.checkpoint import find_checkpoint, open_checkpoint
@@ -276,13 +279,20 @@ def _open_model(reference: str) -> "Iterator[tuple[Checkpoint, Engine, Ranks]]":
     config = checkpoint.config
     ranks = start_ranks(timeout=config.engine.timeout)
     try:
-        kind = config.engine.kind if ranks.world_size > 1 else "native"
+        several = ranks.world_size > 1
+        how = dataclasses.replace(
+            config.engine,
+            kind=config.engine.kind if several else "native",
+            tensor_parallel=config.engine.tensor_parallel if several else 1,
+            sequence_parallel=1,
+        )
+        ranks = ranks.arrange(tensor_parallel=how.tensor_parallel, sequence_parallel=1)
         model = build_model(config.model, seed=config.seed, device="meta")
         if config.boundaries == "attention":
             model.document_end = checkpoint.tokenizer().eos_id
         engine = build_engine(
             model,
-            engine=dataclasses.replace(config.engine, kind=kind),
+            engine=how,
             optimizer=config.optimizer,
             ranks=ranks,
         )

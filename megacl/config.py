@@ -290,6 +290,34 @@ class RunConfig:
                 "engine.compile is true with engine.zero_stage 3, whose gathering of weights breaks compiled graphs, "
                 "so compile with zero_stage 2, or leave it out."
             )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        model, tp, sp = self.model, self.engine.tensor_parallel, self.engine.sequence_parallel
+        if tp * sp > 1 and self.engine.kind == "native":
+            key = "tensor_parallel" if tp > 1 else "sequence_parallel"
+            raise ConfigError(
+                f"engine.{key} is {max(tp, sp)} with engine.kind native, which runs on one rank; "
+                "set engine.kind=deepspeed."
+            )
+        for key, size in {
+            "vocab_size": model.vocab_size,
+            "num_attention_heads": model.num_attention_heads,
+            "num_kv_heads": model.kv_heads,
+            "intermediate_size": model.mlp_size,
+        }.items():
+            if size % tp:
+                raise ConfigError(f"model.{key} is {size}; it must be a multiple of engine.tensor_parallel, {tp}.")
+        if model.kv_heads % (tp * sp):
+            raise ConfigError(
+                f"model.num_kv_heads is {model.kv_heads}; it must be a multiple of engine.tensor_parallel x "
+                f"engine.sequence_parallel, {tp} x {sp}: each rank attends with as many heads of every sequence."
+            )
+        lengths = {"seq_length": self.seq_length}
+        lengths |= {f"seq_length of phases[{i}]": self.seq_length_of(phase) for i, phase in enumerate(self.phases)}
+        for key, length in lengths.items():
+            if length % sp:
+                raise ConfigError(f"{key} is {length}; it must be a multiple of engine.sequence_parallel, {sp}.")
 
     def _check_phase(self, where: str, phase: PhaseConfig, earlier: list[str]) -> None:
         if phase.name in earlier:

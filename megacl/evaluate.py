@@ -72,9 +72,9 @@ def evaluate_source(
     if sequences is not None:
         windows = min(windows, sequences)
     tokens = min(windows * seq_length, held_out)
-    mine = range(ranks.rank, windows, ranks.world_size)
+    mine = range(ranks.dp_rank, windows, ranks.dp_size)
     # Under ZeRO-3 each forward pass is a collective: all ranks make as many as rank 0, the last ones over nothing.
-    batches = math.ceil(windows / ranks.world_size / micro_batch_size)
+    batches = math.ceil(windows / ranks.dp_size / micro_batch_size)
     nats = 0.0
     for batch in range(batches):
         some = mine[batch * micro_batch_size : (batch + 1) * micro_batch_size]

@@ -201,16 +201,16 @@ def _end_of(config: RunConfig, index: int, record: PhaseRecord) -> str:
     )
 
 
-def check_batches(config: RunConfig, world_size: int) -> None:
-    """Raises ConfigError where a phase's batch cannot be dealt out to the ranks in whole micro batches."""
-    micro = config.engine.micro_batch_size
+def check_batches(config: RunConfig, dp_size: int) -> None:
+    """Raises ConfigError where a phase's batch cannot be dealt out to data-parallel ranks in whole micro batches."""
     for index, phase in enumerate(config.phases):
         batch = config.batch_size_of(phase)
-        if batch % (world_size * (micro or 1)):
-            times = f" x engine.micro_batch_size, {micro}" if micro else ""
+        micro = config.engine.micro_batch_size or batch / dp_size
+        if batch % (dp_size * (config.engine.micro_batch_size or 1)):
             raise ConfigError(
-                f"global_batch_size of phases[{index}] is {batch}; it must be a multiple of the number of ranks, "
-                f"{world_size}{times}."
+                f"global_batch_size of phases[{index}] is {batch}, micro batch {micro:g} x accumulation "
+                f"{batch / dp_size / micro:g} x data-parallel size {dp_size}; all of them must be whole numbers, so "
+                "change it, engine.micro_batch_size or the number of ranks."
             )
 
 

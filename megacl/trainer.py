@@ -61,9 +61,12 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
     )
     try:
         with StopSignal() as stop, wanted_until(lambda: stop.received), contextlib.ExitStack() as until_the_end:
+            ranks = ranks.arrange(
+                tensor_parallel=config.engine.tensor_parallel, sequence_parallel=config.engine.sequence_parallel
+            )
             newest, locked = None, False
             with ranks.together():
-                check_batches(config, ranks.world_size)
+                check_batches(config, ranks.dp_size)
                 _provide(config, ranks, log, stop)
                 if ranks.rank == 0:
                     locked = run_dir.exists()  # one that is not there is made, and locked, where nothing is wrong
@@ -281,7 +284,8 @@ class _Run:
                     if error is not None:
                         raise error
             if batch is not None and ready == self.ranks.world_size:
-                return batch, int(targets)
+                # Ranks that share layers or sequences hold the same part of the batch.
+                return batch, int(targets) * self.ranks.dp_size // self.ranks.world_size
 
     def _stopped(self) -> Outcome:
         """Ends the run, told to stop, with what it has done saved."""

@@ -382,5 +382,6 @@ def test_a_bad_configuration_on_several_ranks_is_said_once(prepared: Prepared, t
     assert process.returncode != 0
     lines = [line for line in err.splitlines() if "ConfigError" in line]
     assert lines == [
-        "ConfigError: global_batch_size of phases[0] is 7; it must be a multiple of the number of ranks, 2."
+        "ConfigError: global_batch_size of phases[0] is 7, micro batch 3.5 x accumulation 1 x data-parallel size 2; "
+        "all of them must be whole numbers, so change it, engine.micro_batch_size or the number of ranks."
     ]

@@ -25,8 +25,12 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
 
     A model on "meta" is given its memory and initial weights here, no more than this rank's part. Raises LaunchError
     where the engine cannot run so: native on several ranks, DeepSpeed of another version; ConfigError where
-    engine.kernels names what there is not.
+    engine.kernels names what there is not; ValueError where `ranks` are not arranged as the engine has it.
     """
+    if (ranks.tp_size, ranks.sp_size) != (engine.tensor_parallel, engine.sequence_parallel):
+        raise ValueError(
+            f"{ranks} for tensor_parallel {engine.tensor_parallel}, sequence_parallel {engine.sequence_parallel}"
+        )
     chosen = choose_kernels(
         device="cuda" if torch.cuda.is_available() else "cpu",
         half=engine.precision in ("bf16", "fp16"),

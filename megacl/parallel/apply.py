@@ -49,8 +49,8 @@ def _replace(ops: Kernels, op: str, function: Any, name: str, why: str) -> Kerne
 def apply_tensor_parallel(model: GPT, ranks: Ranks) -> None:
     """Leaves this rank its part of every layer: heads, the MLP's width, and rows of the vocabulary.
 
-    The sizes must divide by ranks.tp_size; where it is 1, nothing is done. Comes after `GPT.use`, whose norms of queries
-    and keys it changes.
+    The sizes must divide by ranks.tp_size; where it is 1, nothing is done. It comes after `GPT.use`, since it changes
+    the ops of the norms of queries and keys.
     """
     if ranks.tp_size == 1:
         return
@@ -78,7 +78,7 @@ def apply_tensor_parallel(model: GPT, ranks: Ranks) -> None:
 
 
 def _weights_of_all_heads(ops: Kernels, ranks: Ranks) -> Kernels:
-    """Norms whose weights are the same for all heads, of which each rank has some: gradients of weights are added up."""
+    """Norms by one weight for all heads, of which each rank has some: the ranks' gradients of it are added up."""
 
     def added_up(norm: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
         def of_own_heads(x: Tensor, *weights_and_eps: Any) -> tuple[Tensor, Tensor]:

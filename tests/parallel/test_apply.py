@@ -9,7 +9,7 @@ from megacl.parallel.ranks import Ranks
 from tests.ranks import arranged, run_on_ranks
 from tests.test_engine import Outcome, assert_close, train, train_native
 
-NEOX = ModelConfig(vocab_size=2224, hidden_size=48, num_layers=2, num_attention_heads=4)
+NEOX = ModelConfig(vocab_size=2224, hidden_size=48, num_layers=2, num_attention_heads=4, qk_norm="layer_norm")
 LLAMA = ModelConfig(
     form="llama",
     vocab_size=2224,
@@ -19,6 +19,7 @@ LLAMA = ModelConfig(
     num_attention_heads=8,
     num_kv_heads=4,
     tie_embeddings=True,
+    qk_norm="rms_norm",
 )
 MODELS = {"neox": NEOX, "llama": LLAMA}
 
