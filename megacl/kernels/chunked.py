@@ -121,7 +121,14 @@ def _softmax(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, z_loss: float, differentiate: bool
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        softmax: Softmax,
+        chunk: int,
+        z_loss: float,
+        differentiate: bool,
     ) -> Tensor:
         wants_x, wants_weight = (differentiate and wanted for wanted in ctx.needs_input_grad[:2])
         dtype = dtype_of_products(x_ND)
@@ -129,7 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_ND,
             weight_VD,
             targets_N,
-            _softmax,
+            softmax,
             chunk=chunk,
             z_loss=z_loss,
             dtype=dtype,
@@ -148,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if gradient is None else (gradient * scale).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
@@ -157,10 +164,12 @@ def dtype_of_products(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int, z_loss: float) -> Tensor:
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int, z_loss: float, softmax: Softmax = _softmax
+) -> Tensor:
     """`Kernels.linear_cross_entropy`, holding the logits of at most `chunk` tokens."""
     differentiate = torch.is_grad_enabled()  # inside forward it is always off
     sums: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        x_ND, weight_VD, targets_N, chunk, z_loss, differentiate
+        x_ND, weight_VD, targets_N, softmax, chunk, z_loss, differentiate
     )
     return sums

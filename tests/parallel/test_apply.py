@@ -2,12 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from megacl.config import EngineConfig, OptimizerConfig
+from megacl.engine import build_engine
+from megacl.errors import LaunchError
 from megacl.model.config import ModelConfig
+from megacl.model.gpt import build_model
 from megacl.parallel.ranks import Ranks
 from tests.ranks import arranged, run_on_ranks
-from tests.test_engine import Outcome, assert_close, train, train_native
+from tests.test_engine import STAGES, Outcome, assert_close, batch, make_engine, train, train_native
 
 NEOX = ModelConfig(vocab_size=2224, hidden_size=48, num_layers=2, num_attention_heads=4, qk_norm="layer_norm")
 LLAMA = ModelConfig(
@@ -29,32 +35,170 @@ def train_in_groups(ranks: Ranks, tp: int, sp: int, *args: Any, **settings: Any)
     return train(ranks, *args, kind="deepspeed", tensor_parallel=tp, sequence_parallel=sp, **settings)
 
 
-def train_parallel(world_size: int, *args: Any, tp: int = 1, sp: int = 1, **settings: Any) -> Outcome:
+def train_parallel(world: int, *args: Any, tp: int = 1, sp: int = 1, **settings: Any) -> Outcome:
     """`train` on ranks in such groups, which must agree on what they report."""
-    outcomes = run_on_ranks(world_size, train_in_groups, tp, sp, *args, **settings)
+    outcomes = run_on_ranks(world, train_in_groups, tp, sp, *args, **settings)
     for outcome in outcomes:
         assert (outcome.losses, outcome.norms) == (outcomes[0].losses, outcomes[0].norms)
     return outcomes[0]
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def alone(request: pytest.FixtureRequest) -> tuple[ModelConfig, Outcome]:
-    model = MODELS[request.param]
-    return model, train_native(model=model)
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Outcome]:
+    """What one process trains of each model."""
+    return {name: train_native(model=model) for name, model in MODELS.items()}
 
 
-def assert_equal_to(alone: tuple[ModelConfig, Outcome], world_size: int, **settings: Any) -> None:
-    model, expected = alone
-    outcome = train_parallel(world_size, model=model, **settings)
-    assert_close(outcome, expected)
-    assert outcome.nats_at_start == pytest.approx(expected.nats_at_start, rel=1e-6)
+QUICK = [
+    ("neox", 2, {"tp": 2, "zero_stage": 1}),
+    ("llama", 2, {"tp": 2, "zero_stage": 3}),
+    ("neox", 2, {"sp": 2, "zero_stage": 3}),
+    ("llama", 2, {"sp": 2, "zero_stage": 0}),
+    ("llama", 4, {"tp": 2, "zero_stage": 2}),
+    ("neox", 4, {"tp": 2, "sp": 2, "zero_stage": 1}),
+]
+MATRIX = [
+    (name, world, {**groups, "zero_stage": stage})
+    for name in MODELS
+    for world, groups in [
+        (2, {"tp": 2}),
+        (2, {"sp": 2}),
+        (4, {"tp": 2}),
+        (4, {"sp": 2}),
+        (4, {"tp": 4}),
+        (4, {"sp": 4}),
+        (4, {"tp": 2, "sp": 2}),
+    ]
+    for stage in STAGES
+]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_that_share_each_layer_train_as_one_process(stage, alone):
-    assert_equal_to(alone, 2, tp=2, zero_stage=stage)
+@pytest.mark.parametrize(
+    ("name", "world", "groups"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.long) for each in MATRIX)], ids=str
+)
+def test_ranks_in_groups_train_as_one_process(name, world, groups, alone):
+    outcome = train_parallel(world, model=MODELS[name], **groups)
+    assert_close(outcome, alone[name])
+    assert outcome.nats_at_start == pytest.approx(alone[name].nats_at_start, rel=1e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_that_share_each_sequence_train_as_one_process(stage, alone):
-    assert_equal_to(alone, 2, sp=2, zero_stage=stage)
+@pytest.mark.parametrize("groups", [{"tp": 2}, {"sp": 2}], ids=str)
+def test_documents_padding_and_micro_batches_train_alike_in_groups(groups):
+    how = {"model": LLAMA, "document_end": 7, "padded": True}
+    expected = train_native(range(5), **how)
+    settings = {"micro_batch_size": 2, "loss_chunk": 5, "activation_checkpointing": "full", "zero_stage": 2}
+    assert_close(train_parallel(2, range(5), **groups, **how, **settings), expected)
+
+
+def test_a_state_moves_between_groups_and_one_process(alone):
+    """Tensor parallel with ZeRO-3, one process, sequence parallel with ZeRO-1, tensor parallel with ZeRO-0."""
+    first = train_parallel(4, range(5), model=LLAMA, tp=2, zero_stage=3)
+    second = train_native(range(5, 10), model=LLAMA, go_on_from=first)
+    third = train_parallel(2, range(10, 15), model=LLAMA, go_on_from=second, sp=2, zero_stage=1)
+    last = train_parallel(2, range(15, 20), model=LLAMA, go_on_from=third, tp=2, zero_stage=0)
+    last.losses = first.losses + second.losses + third.losses + last.losses
+    last.norms = first.norms + second.norms + third.norms + last.norms
+    last.applied = [True] * 20
+    assert_close(last, alone["llama"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_was_imported_into_groups_is_exported_unchanged(stage):
+    before = train_native(range(3), model=LLAMA)
+    after = train_parallel(2, range(0), model=LLAMA, go_on_from=before, tp=2, zero_stage=stage)
+    for name, state in before.state.items():
+        for key, value in state.items():
+            np.testing.assert_array_equal(after.state[name][key], value, err_msg=f"{name} {key}")
+
+
+def initial_weights(ranks: Ranks, device: str, **settings: Any) -> dict[str, np.ndarray]:
+    ranks = arranged(ranks, 2, 1)
+    engine = build_engine(
+        build_model(NEOX, seed=1, device=device),
+        engine=EngineConfig(kind="deepspeed", tensor_parallel=2, **settings),
+        optimizer=OptimizerConfig(),
+        ranks=ranks,
+    )
+    return {name: state["weight"].numpy() for name, state in engine.export_state()}
+
+
+@pytest.mark.parametrize(
+    ("device", "settings"),
+    [
+        ("cpu", {"zero_stage": 1}),
+        ("meta", {"zero_stage": 0}),
+        ("meta", {"zero_stage": 3}),
+        ("meta", {"zero_stage": 2, "precision": "bf16"}),
+    ],
+    ids=str,
+)
+def test_initial_weights_are_those_of_the_whole_model(device, settings):
+    whole = build_model(NEOX, seed=1).state_dict()
+    for weights in run_on_ranks(2, initial_weights, device, **settings):
+        assert set(weights) == set(whole)
+        for name, value in whole.items():
+            np.testing.assert_array_equal(weights[name], value.numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("groups", [{"tp": 2}, {"sp": 2}], ids=str)
+def test_bf16_in_groups_follows_fp32(groups, alone):
+    outcome = train_parallel(2, range(10), model=LLAMA, precision="bf16", zero_stage=1, **groups)
+    np.testing.assert_allclose(outcome.losses, alone["llama"].losses[:10], rtol=5e-3)
+
+
+def step_above(ranks: Ranks, tp: int, sp: int, stage: int) -> tuple[Any, bool]:
+    """A step whose loss is above the limit: its result, and whether all weights are as before."""
+    settings = {"kind": "deepspeed", "zero_stage": stage, "tensor_parallel": tp, "sequence_parallel": sp}
+    ranks = arranged(ranks, tp, sp)
+    engine = make_engine(ranks, NEOX, **settings)
+    before = {name: state["weight"] for name, state in engine.export_state()}
+    rows = 8 // ranks.dp_size
+    result = engine.step(batch(0)[ranks.dp_rank * rows : (ranks.dp_rank + 1) * rows], 1e-3, skip_above=1.0)
+    return result, all(torch.equal(state["weight"], before[name]) for name, state in engine.export_state())
+
+
+@pytest.mark.parametrize(("tp", "sp", "stage"), [(2, 1, 0), (2, 1, 2), (1, 2, 3)])
+def test_an_update_is_skipped_in_groups_as_alone(tp, sp, stage):
+    for result, unchanged in run_on_ranks(2, step_above, tp, sp, stage):
+        assert not result.applied
+        assert unchanged
+
+
+def last_logits(ranks: Ranks, tp: int, sp: int) -> np.ndarray | str:
+    engine = make_engine(arranged(ranks, tp, sp), LLAMA, kind="deepspeed", tensor_parallel=tp, sequence_parallel=sp)
+    try:
+        return engine.logits(batch(0)).numpy()
+    except LaunchError as error:
+        return str(error)
+
+
+def test_logits_are_whole_where_layers_are_shared_and_refused_where_sequences_are():
+    expected = build_model(LLAMA, seed=1)(torch.from_numpy(batch(0)), last_only=True)[:, 0].detach().numpy()
+    for logits in run_on_ranks(2, last_logits, 2, 1):
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+    refused = "logits are computed of whole sequences; set engine.sequence_parallel=1."
+    assert run_on_ranks(2, last_logits, 1, 2) == [refused] * 2
+
+
+def choices(ranks: Ranks, tp: int, sp: int) -> list[str]:
+    engine = make_engine(arranged(ranks, tp, sp), NEOX, kind="deepspeed", tensor_parallel=tp, sequence_parallel=sp)
+    return [f"{choice.op}: {choice.implementation}, {choice.why}" for choice in engine.kernels.choices]
+
+
+def test_the_table_of_kernels_names_those_that_run_over_groups():
+    assert "linear_cross_entropy: by vocabulary, 2 ranks share it" in run_on_ranks(2, choices, 2, 1)[0]
+    said = "attention: ulysses, sdpa, 2 ranks share each sequence; PyTorch's kernel for the device"
+    assert said in run_on_ranks(2, choices, 1, 2)[0]
+
+
+def test_ranks_that_are_not_arranged_for_the_engine_are_a_mistake():
+    with pytest.raises(ValueError, match="tensor_parallel 2, sequence_parallel 1"):
+        make_engine(Ranks(), NEOX, kind="deepspeed", tensor_parallel=2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("groups", [{"tp": 2}, {"sp": 2}], ids=str)
+def test_compiled_layers_train_alike_in_groups(groups, alone):
+    outcome = train_parallel(2, range(5), model=NEOX, compile=True, zero_stage=1, **groups)
+    np.testing.assert_allclose(outcome.losses, alone["neox"].losses[:5], rtol=1e-5)
+    np.testing.assert_allclose(outcome.norms, alone["neox"].norms[:5], rtol=1e-4)

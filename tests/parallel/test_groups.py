@@ -1,0 +1,78 @@
+"""Ranks in groups: who shares layers, who shares sequences, and over whom gradients are averaged."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megacl.errors import LaunchError
+from megacl.parallel.ranks import Ranks
+from tests.ranks import arranged, run_on_ranks
+
+
+def members(group: Any) -> list[int] | None:
+    """The ranks of a group, as they tell one another."""
+    if group is None:
+        return None
+    heard = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(heard, torch.tensor(dist.get_rank()), group=group)
+    return [int(rank) for rank in heard]
+
+
+def place(ranks: Ranks, tp: int, sp: int) -> tuple[Any, ...]:
+    ranks = arranged(ranks, tp, sp)
+    sizes = (ranks.tp_size, ranks.sp_size, ranks.dp_size, ranks.replica_size)
+    places = (ranks.tp_rank, ranks.sp_rank, ranks.dp_rank)
+    return sizes, places, tuple(map(members, (ranks.tp_group, ranks.sp_group, ranks.replica_group)))
+
+
+@pytest.mark.parametrize(
+    ("tp", "sp", "expected"),
+    [
+        (1, 1, [((1, 1, 4, 4), (0, 0, r), (None, None, None)) for r in range(4)]),
+        (
+            2,
+            1,
+            [
+                ((2, 1, 2, 2), (0, 0, 0), ([0, 1], None, [0, 2])),
+                ((2, 1, 2, 2), (1, 0, 0), ([0, 1], None, [1, 3])),
+                ((2, 1, 2, 2), (0, 0, 1), ([2, 3], None, [0, 2])),
+                ((2, 1, 2, 2), (1, 0, 1), ([2, 3], None, [1, 3])),
+            ],
+        ),
+        (
+            1,
+            2,
+            [
+                ((1, 2, 2, 4), (0, 0, 0), (None, [0, 1], None)),
+                ((1, 2, 2, 4), (0, 1, 0), (None, [0, 1], None)),
+                ((1, 2, 2, 4), (0, 0, 1), (None, [2, 3], None)),
+                ((1, 2, 2, 4), (0, 1, 1), (None, [2, 3], None)),
+            ],
+        ),
+        (
+            2,
+            2,
+            [
+                ((2, 2, 1, 2), (0, 0, 0), ([0, 1], [0, 2], [0, 2])),
+                ((2, 2, 1, 2), (1, 0, 0), ([0, 1], [1, 3], [1, 3])),
+                ((2, 2, 1, 2), (0, 1, 0), ([2, 3], [0, 2], [0, 2])),
+                ((2, 2, 1, 2), (1, 1, 0), ([2, 3], [1, 3], [1, 3])),
+            ],
+        ),
+        (4, 1, [((4, 1, 1, 1), (r, 0, 0), ([0, 1, 2, 3], None, [r])) for r in range(4)]),
+    ],
+)
+def test_four_ranks_fall_into_groups_by_layers_then_sequences_then_data(tp, sp, expected):
+    assert run_on_ranks(4, place, tp, sp) == expected
+
+
+@pytest.mark.parametrize(("world", "tp", "sp"), [(4, 3, 1), (2, 2, 2), (1, 1, 2)])
+def test_sizes_that_do_not_divide_the_ranks_are_refused(world, tp, sp):
+    with pytest.raises(LaunchError) as error:
+        Ranks(0, world).arrange(tensor_parallel=tp, sequence_parallel=sp)
+    assert str(error.value) == (
+        f"{world} ranks cannot be dealt out to engine.tensor_parallel, {tp}, x engine.sequence_parallel, {sp}; "
+        f"start a multiple of {tp * sp} ranks."
+    )
