@@ -302,3 +302,48 @@ def test_the_demos_recipes_resolve() -> None:
     branch = load(["recipe/demo.yaml", "recipe/demo-no-replay.yaml"])
     assert branch.start_from == "demo/replay-25@english"
     assert [phase.replay for phase in branch.phases] == [None]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["engine.tensor_parallel=2", "engine.kind=native"],
+            "engine.tensor_parallel is 2 with engine.kind native, which runs on one rank; set engine.kind=deepspeed.",
+        ),
+        (
+            ["engine.sequence_parallel=4", "engine.kind=native"],
+            "engine.sequence_parallel is 4 with engine.kind native",
+        ),
+        (["engine.tensor_parallel=8"], "model.vocab_size is 100; it must be a multiple of engine.tensor_parallel, 8."),
+        (
+            ["engine.tensor_parallel=5"],
+            "model.num_attention_heads is 4; it must be a multiple of engine.tensor_parallel, 5.",
+        ),
+        (
+            ["engine.tensor_parallel=4", "model.form=llama", "model.num_kv_heads=2"],
+            "model.num_kv_heads is 2; it must be a multiple of engine.tensor_parallel, 4.",
+        ),
+        (
+            ["engine.tensor_parallel=2", "model.intermediate_size=33"],
+            "model.intermediate_size is 33; it must be a multiple of engine.tensor_parallel, 2.",
+        ),
+        (
+            ["engine.tensor_parallel=2", "engine.sequence_parallel=4"],
+            "model.num_kv_heads is 4; it must be a multiple of engine.tensor_parallel x engine.sequence_parallel, 2 x",
+        ),
+        (
+            ["engine.sequence_parallel=2", "phases[1].seq_length=33"],
+            "seq_length of phases[1] is 33; it must be a multiple of engine.sequence_parallel, 2.",
+        ),
+        (
+            ["engine.sequence_parallel=2", "seq_length=31"],
+            "seq_length is 31; it must be a multiple of engine.sequence_parallel, 2.",
+        ),
+    ],
+)
+def test_what_ranks_in_groups_cannot_share_evenly_is_refused(base: str, overrides: list[str], message: str) -> None:
+    load([base], ["engine.kind=deepspeed", "engine.tensor_parallel=2", "engine.sequence_parallel=2"])
+    with pytest.raises(ConfigError) as error:
+        load([base], ["engine.kind=deepspeed", *overrides])
+    assert str(error.value).startswith(message)

@@ -75,11 +75,12 @@ class Loader:
         """batch_size: sequences of the global batch. vocab_size: rows of the model's embedding.
 
         stage: called with each batch's tokens, in the background; its result is handed out in their place.
-        Raises ConfigError where the batch does not divide by the ranks.
+        rank, world_size: among those that have parts of their own, the data-parallel ones. Raises ConfigError where the
+        batch does not divide by them.
         """
         if batch_size % world_size:
             raise ConfigError(
-                f"global_batch_size is {batch_size}; it must be a multiple of the number of ranks, {world_size}."
+                f"global_batch_size is {batch_size}; it must be a multiple of the data-parallel size, {world_size}."
             )
         self._stream = stream
         self._batch_size = batch_size

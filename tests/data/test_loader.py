@@ -68,7 +68,9 @@ def test_the_state_counts_what_was_handed_out_and_not_what_was_read_ahead() -> N
 
 
 def test_a_batch_that_does_not_divide_by_the_ranks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="global_batch_size is 12; it must be a multiple of the number of ranks, 5"):
+    with pytest.raises(
+        ConfigError, match="global_batch_size is 12; it must be a multiple of the data-parallel size, 5"
+    ):
         Loader(make_stream(), batch_size=BATCH, rank=0, world_size=5, vocab_size=10**6)
 
 
