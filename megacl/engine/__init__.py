@@ -31,14 +31,13 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
         raise ValueError(
             f"{ranks} for tensor_parallel {engine.tensor_parallel}, sequence_parallel {engine.sequence_parallel}"
         )
-    chosen = choose_kernels(
+    ops = choose_kernels(
         device="cuda" if torch.cuda.is_available() else "cpu",
         half=engine.precision in ("bf16", "fp16"),
         compiled=engine.compile,
         overrides=engine.kernels,
     )
-    ops = parallel_kernels(chosen, ranks)
-    model.use(ops)
+    model.use(parallel_kernels(ops, ranks))
     apply_tensor_parallel(model, ranks)
     apply_sequence_parallel(model, ranks)
     model.loss_chunk, model.z_loss = engine.loss_chunk, optimizer.z_loss

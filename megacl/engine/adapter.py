@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from megacl.config import EngineConfig
 from megacl.engine.base import MOMENTS
+from megacl.engine.monitors import Slice
 from megacl.errors import LaunchError
 from megacl.model.gpt import GPT
 from megacl.parallel.ranks import Ranks
@@ -213,8 +214,7 @@ def import_parameters(engine: Any, load: Callable[[str, torch.Size], dict[str, T
 
 def reset_moments(engine: Any, *, step: int = 0, create: bool = False) -> None:
     """Sets the moments to zero and Adam's step to `step`; makes them with `create`, where there are none yet."""
-    zero = _zero_optimizer(engine)
-    adam: torch.optim.AdamW = engine.optimizer if zero is None else zero.optimizer
+    zero, adam = _zero_optimizer(engine), adam_of(engine)
     if create:
         for flat in _masters(engine, zero):
             # fused AdamW keeps its step count beside the parameter
@@ -228,6 +228,36 @@ def reset_moments(engine: Any, *, step: int = 0, create: bool = False) -> None:
         state["step"].fill_(float(step))
         for key in MOMENTS:
             state[key].zero_()
+
+
+def adam_of(engine: Any) -> torch.optim.AdamW:
+    """torch's optimizer, inside ZeRO's or by itself."""
+    zero = _zero_optimizer(engine)
+    adam: torch.optim.AdamW = engine.optimizer if zero is None else zero.optimizer
+    return adam
+
+
+def slices_of(engine: Any) -> Iterator[Slice]:
+    """Where this rank's part of each parameter lies in the tensors that torch's AdamW steps, padding left out."""
+    zero = _zero_optimizer(engine)
+    masters = _masters(engine, zero)
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    if zero is None:
+        for parameter, name in names.items():
+            yield Slice(parameter, 0, parameter.numel(), name)
+    elif hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3: a shard of every parameter, one behind the other
+        for master, parameters in zip(masters, zero.fp16_groups, strict=True):
+            start = 0
+            for parameter in parameters:
+                size = parameter.ds_tensor.numel()
+                left = parameter.ds_numel - dist.get_rank(parameter.ds_process_group) * size
+                yield Slice(master, start, max(0, min(size, left)), names[parameter])
+                start += size
+    else:  # a stretch of all parameters laid end to end
+        for parameter, name in names.items():
+            if (mapping := parameter._hp_mapping) is not None:
+                at = mapping.hp_fragment_address
+                yield Slice(masters[mapping.param_group_index], at.start, at.numel, name)
 
 
 def _zero_optimizer(engine: Any) -> Any:

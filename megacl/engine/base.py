@@ -1,11 +1,11 @@
 """What every engine is: a model under training, its step, and its state as whole tensors."""
 
 import contextlib
+import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.data.packing import PADDING
+from megacl.engine.monitors import Monitors, Slice, UpdateWatch, assemble, part_of, watched
 from megacl.errors import CheckpointError, LaunchError
 from megacl.kernels import IGNORED, Kernels
 from megacl.model.gpt import GPT
 from megacl.optimizer import set_rates
+from megacl.parallel.apply import parallel_kernels
 from megacl.parallel.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -37,6 +39,8 @@ class StepResult:
     With fp16 it happens now and then, and the loss scale has been lowered."""
     log_z: float
     """The root of the mean square of log Z over the targets, Z the sum of the exponentials of a token's logits."""
+    monitors: Monitors | None = None
+    """Where they were asked for."""
 
 
 class Engine(ABC):
@@ -55,7 +59,8 @@ class Engine(ABC):
     ) -> None:
         self._model = model
         self._forward = forward  # the model, or DeepSpeed's engine around it
-        self.kernels = ops
+        self._ops = ops
+        self.kernels = parallel_kernels(ops, ranks)
         self._config = config
         self._optimizer_config = optimizer
         self._device = device
@@ -70,35 +75,69 @@ class Engine(ABC):
         targets: int | None = None,
         weight_decay: float | None = None,
         skip_above: float = math.inf,
+        monitor: bool = False,
     ) -> StepResult:
         """One optimizer step on the global batch of which `tokens`, int64 [rows, T + 1], is this rank's slice.
 
         Each rank must give as many rows. They are taken micro_batch_size at a time; LaunchError where that does not
         divide them. targets: how many tokens the global batch predicts, where some of its tokens are PADDING; None
         where none is. weight_decay: the part that the update takes away from each matrix; None for AdamW's own, lr x
-        optimizer.weight_decay. skip_above: with a loss above it the weights stay as they are.
+        optimizer.weight_decay. skip_above: with a loss above it the weights stay as they are. monitor: look inside.
         """
         micro_batches = self._micro_batches(tokens)
         # Ranks average their gradients, so each divides by an equal share of all targets, however many are its own.
         all_targets = tokens.shape[0] * (tokens.shape[1] - 1) * self._ranks.dp_size if targets is None else targets
         share = all_targets / self._ranks.replica_size
+        padded = targets is not None
+        logits = self._largest_logits(micro_batches[0][:1], padded) if monitor else None
         sums = torch.zeros(3, device=self._device)
         self._forward.train()
         for index, batch_BT in enumerate(micro_batches, start=1):
-            inputs_BT, targets_BT = batch_BT[:, :-1], batch_BT[:, 1:]
-            if targets is not None:
-                # Behind a row's last document nothing looks back, so any input will do but one that begins a document.
-                filler = 1 if self._model.document_end == 0 else 0
-                inputs_BT = inputs_BT.masked_fill(inputs_BT == PADDING, filler)
-                targets_BT = targets_BT.masked_fill(targets_BT == PADDING, IGNORED)
+            inputs_BT, targets_BT = self._inputs_and_targets(batch_BT, padded)
             with self._autocast():
                 part = self._forward(inputs_BT, targets_BT) / share
             self._backward(part[0], last=index == len(micro_batches))
             sums += part.detach()
-        set_rates(self._param_groups, self._optimizer_config, lr, weight_decay)
-        result = self._update(sums[1:], skip_above)
+        set_rates(self._adam.param_groups, self._optimizer_config, lr, weight_decay)
+        if logits is None:
+            result = self._update(sums[1:], skip_above)
+        else:
+            result = self._watched_update(sums[1:], skip_above, logits)
         self._updates += result.applied
         return result
+
+    def _inputs_and_targets(self, batch_BT: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
+        """What the model takes of rows of T + 1 tokens."""
+        inputs_BT, targets_BT = batch_BT[:, :-1], batch_BT[:, 1:]
+        if padded:
+            # Behind a row's last document nothing looks back, so any input will do but one that begins a document.
+            filler = 1 if self._model.document_end == 0 else 0
+            inputs_BT = inputs_BT.masked_fill(inputs_BT == PADDING, filler)
+            targets_BT = targets_BT.masked_fill(targets_BT == PADDING, IGNORED)
+        return inputs_BT, targets_BT
+
+    @torch.no_grad()
+    def _largest_logits(self, row_1T: Tensor, padded: bool) -> Tensor:
+        """The largest of attention's logits in each layer, [layers], over one row of T + 1 tokens."""
+        largest: list[Tensor] = []
+        as_written = torch.compiler.set_stance("force_eager") if self._config.compile else contextlib.nullcontext()
+        self._model.use(parallel_kernels(watched(self._ops, largest), self._ranks))
+        try:
+            with self._autocast(), as_written:
+                self._forward(*self._inputs_and_targets(row_1T, padded))
+        finally:
+            self._model.use(self.kernels)
+        return torch.stack(largest)
+
+    def _watched_update(self, sums: Tensor, skip_above: float, logits: Tensor) -> StepResult:
+        """`_update`, and what there was to see of it, beside attention's logits [layers] on this rank."""
+        parts = list(dict.fromkeys(part_of(name) for name, _ in self._model.named_parameters()))
+        with UpdateWatch(self._adam, self._slices(), parts, self._device) as watch:
+            result = self._update(sums, skip_above)
+        squares = self._ranks.sum(watch.sums.cpu().numpy())
+        largest = self._ranks.max(logits.double().cpu().numpy())
+        norm = result.grad_norm if result.applied else math.nan
+        return dataclasses.replace(result, monitors=assemble(parts, squares, norm, largest.tolist()))
 
     @torch.no_grad()
     def nats(self, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> float:
@@ -172,8 +211,12 @@ class Engine(ABC):
 
     @property
     @abstractmethod
-    def _param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's, in which the next update's rates are set."""
+    def _adam(self) -> torch.optim.AdamW:
+        """The optimizer, in whose groups the next update's rates are set."""
+
+    @abstractmethod
+    def _slices(self) -> Iterable[Slice]:
+        """Where parameters lie in what the optimizer steps on this rank; over all ranks, each element stands once."""
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()

@@ -4,13 +4,13 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.engine.base import MOMENTS, Engine, StepResult, load_checked
+from megacl.engine.monitors import Slice
 from megacl.errors import LaunchError
 from megacl.kernels import Kernels
 from megacl.model.gpt import GPT
@@ -46,8 +46,12 @@ class NativeEngine(Engine):
         return torch.autocast(self._device.type, dtype, enabled=dtype is not None)
 
     @property
-    def _param_groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
+    def _adam(self) -> torch.optim.AdamW:
+        return self._optimizer
+
+    def _slices(self) -> Iterator[Slice]:
+        for name, parameter in self._model.named_parameters():
+            yield Slice(parameter, 0, parameter.numel(), name)
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         torch.autograd.backward(loss if self._scale is None else loss * self._scale.value)

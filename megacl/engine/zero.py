@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.engine import adapter
 from megacl.engine.base import Engine, StepResult, load_checked
+from megacl.engine.monitors import Slice
 from megacl.errors import LaunchError
 from megacl.kernels import Kernels
 from megacl.model.gpt import GPT
@@ -54,9 +54,16 @@ class DeepSpeedEngine(Engine):
         super().__init__(model, self._deepspeed, ops, config, optimizer, device=device, ranks=ranks)
 
     @property
-    def _param_groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self._deepspeed.optimizer.param_groups
-        return groups
+    def _adam(self) -> torch.optim.AdamW:
+        return adapter.adam_of(self._deepspeed)
+
+    def _slices(self) -> Iterator[Slice]:
+        # At stage 0 every replica steps everything, so the first one's counts; of a tensor-parallel group, the first
+        # rank's where all of it have the whole.
+        first = self._ranks.rank < self._ranks.tp_size
+        for piece in adapter.slices_of(self._deepspeed) if first or self._config.zero_stage > 0 else ():
+            if self._ranks.tp_rank == 0 or piece.name in self._shards:
+                yield piece
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         self._deepspeed.set_gradient_accumulation_boundary(last)

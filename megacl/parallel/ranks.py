@@ -103,14 +103,21 @@ class Ranks:
 
     def sum(self, array: NDArray[np.float64]) -> NDArray[np.float64]:
         """The sum over all ranks, the same on each; the argument is left as it is."""
+        return self._reduce(array, "SUM")
+
+    def max(self, array: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The largest of each element over all ranks; the argument is left as it is."""
+        return self._reduce(array, "MAX")
+
+    def _reduce(self, array: NDArray[np.float64], op: str) -> NDArray[np.float64]:
         if self.world_size == 1:
             return array.copy()
         import torch
         import torch.distributed as dist
 
-        total = torch.tensor(array, dtype=torch.float64)
-        dist.all_reduce(total)
-        result: NDArray[np.float64] = total.numpy()
+        reduced = torch.tensor(array, dtype=torch.float64)
+        dist.all_reduce(reduced, op=getattr(dist.ReduceOp, op))
+        result: NDArray[np.float64] = reduced.numpy()
         return result
 
     def broadcast(self, obj: Any) -> Any:
