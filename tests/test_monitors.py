@@ -17,7 +17,7 @@ from megacl.engine.monitors import Monitors, largest_logit, part_of
 from megacl.model.config import ModelConfig, MupConfig
 from megacl.model.gpt import build_model
 from megacl.parallel.ranks import Ranks
-from tests.ranks import run_on_ranks
+from tests.ranks import arranged, run_on_ranks
 
 # Sizes that no number of ranks divides; two widths of muP, so that there are three groups of parameters.
 NEOX = ModelConfig(vocab_size=223, hidden_size=45, num_layers=3, num_attention_heads=3)
@@ -224,6 +224,19 @@ def test_zero_on_two_ranks_sees_what_one_process_sees(config, stage):
         engine.step(batch(step), 2e-3)
     halves = [logits_by_hand(config, weights(engine), batch(2)[row : row + 1]) for row in (0, ROWS // 2)]
     assert logits == pytest.approx(np.max(halves, axis=0).tolist(), rel=1e-4)
+
+
+def monitored_in_groups(ranks: Ranks, tp: int, sp: int, *args: Any, **settings: Any) -> Any:
+    return monitored(arranged(ranks, tp, sp), *args, tensor_parallel=tp, sequence_parallel=sp, **settings)
+
+
+@pytest.mark.parametrize(("tp", "sp", "stage"), [(2, 1, 0), (2, 1, 1), (2, 1, 3), (1, 2, 0), (1, 2, 3)])
+def test_ranks_that_share_layers_or_sequences_see_what_one_process_sees(tp, sp, stage):
+    config = replace(LLAMA, vocab_size=224, intermediate_size=52)
+    first, second = run_on_ranks(2, monitored_in_groups, tp, sp, config, 3, kind="deepspeed", zero_stage=stage)
+    assert first == second
+    for found, expected in zip(first, monitored(Ranks(), config, 3), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -18,6 +18,7 @@ from megacl.engine.monitors import Monitors, Slice, UpdateWatch, assemble, part_
 from megacl.errors import CheckpointError, LaunchError
 from megacl.kernels import IGNORED, Kernels
 from megacl.model.gpt import GPT
+from megacl.model.layers import Attention
 from megacl.optimizer import set_rates
 from megacl.parallel.apply import parallel_kernels
 from megacl.parallel.ranks import Ranks
@@ -121,12 +122,15 @@ class Engine(ABC):
         """The largest of attention's logits in each layer, [layers], over one row of T + 1 tokens."""
         largest: list[Tensor] = []
         as_written = torch.compiler.set_stance("force_eager") if self._config.compile else contextlib.nullcontext()
-        self._model.use(parallel_kernels(watched(self._ops, largest), self._ranks))
+        attentions = [module for module in self._model.modules() if isinstance(module, Attention)]
+        for attention in attentions:
+            attention.ops = parallel_kernels(watched(self._ops, largest), self._ranks)
         try:
             with self._autocast(), as_written:
                 self._forward(*self._inputs_and_targets(row_1T, padded))
         finally:
-            self._model.use(self.kernels)
+            for attention in attentions:
+                attention.ops = self.kernels
         return torch.stack(largest)
 
     def _watched_update(self, sums: Tensor, skip_above: float, logits: Tensor) -> StepResult:
