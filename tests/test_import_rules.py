@@ -25,7 +25,7 @@ LEVELS = [
     "data.provide data.sequences data.packing data.mixture data.replay data.planning data.stream "
     "data.lookahead data.loader "
     "model.layers model.gpt optimizer activations memory",
-    "engine engine.base engine.native engine.zero engine.adapter checkpoint parallel.apply",
+    "engine engine.base engine.native engine.zero engine.adapter engine.monitors checkpoint parallel.apply",
     "convert evaluate predict plan sample resume history saw",
     "trainer",
     "release report report_run report_plots slurm",
