@@ -58,12 +58,14 @@ def assert_matches_twin(
     inputs: Sequence[Any],
     *,
     epsilons: int = 64,
+    roundings: int = 1,
     coming: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Fails where a result or gradient is further from the exact one than rounding explains.
 
     Arithmetic is in fp32, whose errors are bounded by `epsilons` of the largest value. In 16 bits, what comes out is
-    rounded once besides: a unit in its last place, as the interpreter cuts off.
+    rounded besides: a unit in its last place, as the interpreter cuts off. With more `roundings` on the way, as many
+    units of the largest value.
     """
     shapes = [r.shape for r in as_tuple(twin(*map(widened, inputs)))]
     dtypes = [r.dtype for r in as_tuple(ours(*inputs))]
@@ -77,7 +79,8 @@ def assert_matches_twin(
     for value, expected in zip(found, exact, strict=True):
         assert value.shape == expected.shape
         unit = torch.finfo(value.dtype).eps if value.itemsize == 2 else 0.0
-        allowed = epsilons * torch.finfo(torch.float32).eps * expected.abs().amax() if expected.numel() else 0.0
+        of_largest = epsilons * torch.finfo(torch.float32).eps + (roundings - 1) * unit
+        allowed = of_largest * expected.abs().amax() if expected.numel() else 0.0
         smallest = torch.finfo(value.dtype).smallest_normal
         difference = (value.double() - expected).abs()
         assert bool((difference <= unit * expected.abs() + allowed + smallest).all()), (

@@ -1,0 +1,258 @@
+"""Every op in every implementation that runs here: time forward and backward, beside the machine's limit.
+
+    python tools/bench/kernels.py                      # shapes as the CPU or GPU here makes sense of
+    python tools/bench/kernels.py --tokens 512 --hidden 64 --vocab 1000 --compiled --repeats 5
+
+Implementations take turns, and each line has the least time of all turns. An op that only moves memory has the bytes
+that it must move, read and written once each, a second, and their share of the machine's copy bandwidth; one that
+multiplies has its products' floating-point operations a second and their share of the machine's rate for a product.
+`kept` is what stays in memory for backward, parameters aside. --compiled adds torch.compile of the reference; on a GPU
+liger-kernel's ops stand beside ours where it is installed. A CPU computes in fp32, a GPU in bf16.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacl import kernels
+
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op with its arguments and the least work that its way forward and backward can be."""
+
+    op: str
+    inputs: tuple[Any, ...]
+    options: dict[str, Any]
+    bytes_moved: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one implementation."""
+
+    op: str
+    implementation: str
+    forward_ms: float
+    both_ms: float
+    kept_mib: float
+    rate: float  # of what the case counts, a second
+    share: float  # of the machine's rate
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of this machine: bytes read and written a second by a copy, and operations a second of a product."""
+
+    bandwidth: float
+    flops: float
+
+
+def cases(tokens: int, hidden: int, vocab: int, *, device: str, dtype: torch.dtype) -> list[Case]:
+    """The ops as a model of this width has them: heads of 64, MLPs of 4 x hidden (GELU) and 8/3 x hidden (SwiGLU)."""
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+
+    heads, inner = hidden // 64, 8 * hidden // 3 // 64 * 64
+    length = min(tokens, 2048)
+    size = torch.empty(0, dtype=dtype).itemsize
+    x, residual, weight, bias = values(tokens, hidden), values(tokens, hidden), values(hidden), values(hidden)
+    qkv_BTHE = values(tokens // length, length, 3 * heads, 64)
+    qk_BHTE = qkv_BTHE[:, :, : 2 * heads].transpose(1, 2)
+    angles_TR = torch.randn(length, 32, device=device)
+    whole, quarter = ((angles_TR[:, :r].cos(), angles_TR[:, :r].sin()) for r in (32, 8))
+    targets = torch.randint(vocab, (tokens,), device=device)
+    head = (0.02 * values(vocab, hidden)).detach().requires_grad_()
+    return [
+        Case("rms_norm", (x, weight, EPS, residual), {}, bytes_moved=8 * x.numel() * size),
+        Case("layer_norm", (x, weight, bias, EPS, residual), {}, bytes_moved=8 * x.numel() * size),
+        Case("rotary", (qk_BHTE, *whole), {}, bytes_moved=4 * qk_BHTE.numel() * size),
+        Case("rotary", (qk_BHTE, *quarter), {}, bytes_moved=4 * qk_BHTE.numel() * size),
+        Case("swiglu", (values(tokens, 2 * inner),), {}, bytes_moved=8 * tokens * inner * size),
+        Case(
+            "linear_gelu",
+            (x, values(4 * hidden, hidden), values(4 * hidden)),
+            {},
+            flops=3 * 2 * tokens * hidden * 4 * hidden,
+        ),
+        Case(
+            "linear_cross_entropy",
+            (x, head, targets),
+            {"chunk": min(tokens, 4096 if device == "cuda" else 1024), "z_loss": 0.0},
+            flops=3 * 2 * tokens * hidden * vocab,
+        ),
+    ]
+
+
+def implementations(case: Case, *, device: str, compiled: bool) -> dict[str, Callable[..., Any]]:
+    """Those of ours that run here, and others' beside them."""
+    found: dict[str, Callable[..., Any]] = dict(kernels.FORMS[case.op])
+    if device == "cpu":
+        found.pop("triton", None)  # it would be interpreted
+    if compiled:
+        found["compiled"] = torch.compile(kernels.FORMS[case.op]["reference"], dynamic=False)
+    if device == "cuda" and (liger := liger_op(case.op)):
+        found["liger"] = liger
+    return found
+
+
+def liger_op(op: str) -> Callable[..., Any] | None:
+    """liger-kernel's op with our signature, or None where there is none. They are not tested here: they need a GPU."""
+    try:
+        from liger_kernel.transformers import functional as liger
+    except ImportError:
+        return None
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> Any:
+        return liger.liger_fused_add_rms_norm(x, residual, weight, eps)
+
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor) -> Any:
+        total = x + residual
+        return liger.liger_layer_norm(total, weight, bias, eps), total
+
+    def rotary(x_BHTE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        q, k = x_BHTE.chunk(2, dim=1)
+        cos, sin = (torch.cat([table, table], -1)[None] for table in (cos_TR, sin_TR))
+        return torch.cat(liger.liger_rope(q, k, cos, sin), dim=1)
+
+    def swiglu(gate_up: Tensor) -> Tensor:
+        result: Tensor = liger.liger_swiglu(*gate_up.chunk(2, dim=-1))
+        return result
+
+    def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **_: Any) -> Any:
+        return liger.liger_fused_linear_cross_entropy(x, weight, targets, reduction="sum")
+
+    ops: dict[str, Callable[..., Any]] = {
+        "rms_norm": rms_norm,
+        "layer_norm": layer_norm,
+        "rotary": rotary,
+        "swiglu": swiglu,
+        "linear_cross_entropy": cross_entropy,
+    }
+    return ops.get(op)
+
+
+def runs(case: Case, op: Callable[..., Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The way forward, and the way forward and backward."""
+    wanted = [x for x in case.inputs if isinstance(x, Tensor) and x.requires_grad]
+
+    def forward() -> Any:
+        return op(*case.inputs, **case.options)
+
+    def results() -> list[Tensor]:
+        y = forward()
+        return [r for r in (y if isinstance(y, tuple) else (y,)) if isinstance(r, Tensor)]
+
+    coming = [torch.ones_like(r) for r in results()]
+    return forward, lambda: torch.autograd.grad(results(), wanted, coming, allow_unused=True)
+
+
+def kept_bytes(case: Case, forward: Callable[[], Any]) -> int:
+    """What forward keeps for backward: each piece of memory once, parameters aside."""
+    parameters = {x.untyped_storage().data_ptr() for x in case.inputs[1:] if isinstance(x, Tensor) and x.is_leaf}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()  # held, so that memory is not used twice
+        del result
+    return sum(kept.values())
+
+
+@functools.cache
+def _flushed() -> Tensor:
+    return torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """Of one call; on a GPU with nothing of its inputs in the cache."""
+    if device == "cuda":
+        _flushed().zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def least(runs: dict[Any, Callable[[], Any]], repeats: int, device: str) -> dict[Any, float]:
+    """The least seconds of each, which take turns; the first turn warms up."""
+    turns = [{name: seconds(run, device) for name, run in runs.items()} for _ in range(repeats + 1)]
+    return {name: min(turn[name] for turn in turns[1:]) for name in runs}
+
+
+def measure_limits(tokens: int, hidden: int, *, device: str, dtype: torch.dtype, repeats: int) -> Limits:
+    """By a copy of as many values as the MLP has, and a product as large as the MLP's."""
+    x, w = (torch.randn(n, m, device=device, dtype=dtype) for n, m in ((tokens, hidden), (hidden, 4 * hidden)))
+    source = torch.empty(
+        max(tokens * 4 * hidden, (1 << 28 if device == "cuda" else 1 << 24)), device=device, dtype=dtype
+    )
+    target = torch.empty_like(source)
+    product = torch.empty(tokens, 4 * hidden, device=device, dtype=dtype)
+    times = least(
+        {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(x, w, out=product)}, repeats, device
+    )
+    return Limits(2 * source.nbytes / times["copy"], 2 * tokens * hidden * 4 * hidden / times["product"])
+
+
+def measure(case: Case, limits: Limits, *, device: str, compiled: bool, repeats: int) -> list[Row]:
+    """A row for each implementation, the fastest first."""
+    ways = {name: runs(case, op) for name, op in implementations(case, device=device, compiled=compiled).items()}
+    calls = {(name, way): call for name, pair in ways.items() for way, call in enumerate(pair)}
+    times = least(calls, repeats, device)
+    work, limit = (case.bytes_moved, limits.bandwidth) if case.bytes_moved else (case.flops, limits.flops)
+    rows = []
+    for name, (forward, _) in ways.items():
+        both = times[name, 1]
+        kept = kept_bytes(case, forward) / 2**20
+        rows.append(Row(case.op, name, 1e3 * times[name, 0], 1e3 * both, kept, work / both, work / both / limit))
+    return sorted(rows, key=lambda row: row.both_ms)
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    parser = argparse.ArgumentParser(description="Times every op in every implementation that runs here.")
+    parser.add_argument("--tokens", type=int, default=16384 if gpu else 4096, help="tokens of a micro batch")
+    parser.add_argument("--hidden", type=int, default=1024 if gpu else 384, help="a multiple of 64")
+    parser.add_argument("--vocab", type=int, default=50304 if gpu else 8192, help="rows of the output layer")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile of the references as well")
+    parser.add_argument("--repeats", type=int, default=20 if gpu else 10, help="turns")
+    chosen = parser.parse_args()
+    limits = measure_limits(chosen.tokens, chosen.hidden, device=device, dtype=dtype, repeats=chosen.repeats)
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(f"{name}, {dtype}, {chosen.tokens} tokens, hidden {chosen.hidden}, vocabulary {chosen.vocab}")
+    print(f"copy {limits.bandwidth / 1e9:.1f} GB/s, product {limits.flops / 1e9:.1f} GFLOP/s")
+    print(f"{'op':22}{'implementation':16}{'forward':>10}{'and back':>10}{'kept':>10}{'rate':>18}{'share':>7}")
+    for case in cases(chosen.tokens, chosen.hidden, chosen.vocab, device=device, dtype=dtype):
+        part = f" {2 * case.inputs[1].shape[-1]}/64" if case.op == "rotary" else ""
+        unit = "GB/s" if case.bytes_moved else "GFLOP/s"
+        for row in measure(case, limits, device=device, compiled=chosen.compiled, repeats=chosen.repeats):
+            print(
+                f"{row.op + part:22}{row.implementation:16}{row.forward_ms:7.2f} ms{row.both_ms:7.2f} ms"
+                f"{row.kept_mib:6.1f} MiB{row.rate / 1e9:10.1f} {unit:7}{row.share:7.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
