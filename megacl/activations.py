@@ -149,7 +149,7 @@ def _head_norms(
 
 def _keeps_normed(kind: str, kernels: Mapping[str, str]) -> bool:
     """Whether the values are kept once more, before the weight: by an RMSNorm that is made of several ops."""
-    return kind == "rms_norm" and kernels[kind] != "triton"
+    return kind == "rms_norm" and kernels[kind] not in ("triton", "lean")
 
 
 def _statistics(kind: str) -> int:
@@ -181,7 +181,7 @@ def _gelu(s: Sizes, waiting: int) -> Op:
 def _swiglu(s: Sizes, kernels: Mapping[str, str], waiting: int) -> Op:
     """Keeps gate and up, and where it is made of several ops silu(gate)."""
     mlp = s.values(s.mlp)
-    return Op("swiglu", keeps=(2 if kernels["swiglu"] == "triton" else 3) * mlp, backward=waiting + 3 * mlp)
+    return Op("swiglu", keeps=(3 if kernels["swiglu"] == "reference" else 2) * mlp, backward=waiting + 3 * mlp)
 
 
 def rotary_tables(model: ModelConfig, s: Sizes, *, documents: bool) -> int:
