@@ -1,6 +1,6 @@
 """What a forward and backward pass takes beside the weights, counted op by op as the model's code goes through them.
 
-    ops = layer_ops(model, sizes, kernels, documents=False)
+    ops = layer_ops(model, sizes, kernels, copies=False)
     kept = sum(op.keeps for op in ops)          # what autograd keeps of one layer until its backward pass
 
 Pure arithmetic; `megacl.memory` puts it together with weights, gradients and the optimizer's state. The ops stand in
@@ -80,8 +80,12 @@ class Sizes:
         return elements * self.value if self.value < self.weight else 0
 
 
-def layer_ops(model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, documents: bool) -> list[Op]:
-    """The ops of a layer. kernels: the implementation of each op, by name; documents: attention stays inside them."""
+def layer_ops(model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, copies: bool) -> list[Op]:
+    """The ops of a layer. kernels: the implementation of each op, by name.
+
+    copies: whether attention works on copies of queries, keys and values: of documents laid end to end, or of whole
+    sequences that came from other ranks.
+    """
     parallel = model.form == "gpt_neox"
     into_mlp = s.mlp if parallel else 2 * s.mlp
     # The gradients that wait while a branch goes backward: that of the layer's output while the MLP does; then its sum
@@ -90,8 +94,8 @@ def layer_ops(model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, docum
     ops = [
         _norm(model, s, kernels, "attention_norm", keeps_input=True, waiting=waiting),
         _linear(model, s, "qkv", s.hidden, s.queries + 2 * s.keys, waiting=waiting),
-        _head_norms(model, s, kernels, documents=documents, waiting=waiting),
-        _attention(model, s, documents=documents, waiting=waiting),
+        _head_norms(model, s, kernels, copies=copies, waiting=waiting),
+        _attention(s, copies=copies, waiting=waiting),
         _linear(model, s, "out", s.queries, s.hidden, waiting=2 * waiting if parallel else waiting),
         _norm(model, s, kernels, "mlp_norm", keeps_input=not parallel, waiting=waiting),
         _linear(model, s, "up" if parallel else "gate_up", s.hidden, into_mlp, waiting=waiting),
@@ -119,17 +123,18 @@ def _norm(
 ) -> Op:
     """A norm keeps the sum that it norms, unless another norm of it does, and its statistics of each token."""
     kind = "layer_norm" if model.form == "gpt_neox" else "rms_norm"
-    normed = s.residual if _keeps_normed(kind, kernels) else 0
+    normed = s.tokens * s.hidden * WIDE if _keeps_normed(kind, kernels) else 0
+    kept = max(s.residual, normed) if keeps_input else 0  # such an RMSNorm keeps its input in fp32, too
     return Op(
         name,
-        keeps=(s.residual if keeps_input else 0) + normed + s.tokens * _statistics(kind),
+        keeps=kept + normed + s.tokens * _statistics(kind),
         backward=waiting + 2 * s.residual + 2 * normed,
         gradients=_vectors(kind) * s.hidden * s.weight,
     )
 
 
 def _head_norms(
-    model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, documents: bool, waiting: int
+    model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, copies: bool, waiting: int
 ) -> Op | None:
     """The norms of queries and keys, where the model has them: of what qkv gave, which attention counts."""
     if model.qk_norm == "none":
@@ -137,8 +142,7 @@ def _head_norms(
     qk, width = s.values(s.queries + s.keys), s.queries // s.heads
     normed = qk if _keeps_normed(model.qk_norm, kernels) else 0
     statistics = s.tokens * (s.queries + s.keys) // width * _statistics(model.qk_norm)
-    # Attention over documents keeps copies of its own.
-    kept = s.values(s.queries + 2 * s.keys) if documents else 0
+    kept = s.values(s.queries + 2 * s.keys) if copies else 0  # what qkv gave, which attention does not keep then
     return Op(
         "qk_norm",
         keeps=kept + normed + statistics,
@@ -162,13 +166,13 @@ def _vectors(kind: str) -> int:
     return 2 if kind == "layer_norm" else 1
 
 
-def _attention(model: ModelConfig, s: Sizes, *, documents: bool, waiting: int) -> Op:
+def _attention(s: Sizes, *, copies: bool, waiting: int) -> Op:
     """Rotary position and attention: rotated queries and keys, the values, what comes out, log Z of each query.
 
-    The values are a view of all that qkv gave, which is kept with them. Documents are laid end to end in copies.
+    The values are a view of all that qkv gave, which is kept with them, unless attention works on copies.
     """
     qkv, mixed = s.values(s.queries + 2 * s.keys), s.values(s.queries)
-    rotated = 0 if documents else s.values(s.queries + s.keys)
+    rotated = 0 if copies else s.values(s.queries + s.keys)
     log_z = s.tokens * s.heads * WIDE
     return Op("attention", keeps=rotated + qkv + mixed + log_z, backward=waiting + mixed + qkv)
 
@@ -199,7 +203,7 @@ def final_norm(model: ModelConfig, s: Sizes, kernels: Mapping[str, str]) -> Op:
     return _norm(model, s, kernels, "final_norm", keeps_input=True, waiting=0)
 
 
-def loss(s: Sizes, kernels: Mapping[str, str], *, chunk: int, device: str) -> Op:
+def loss(s: Sizes, kernels: Mapping[str, str], *, chunk: int, fp16: bool, device: str) -> Op:
     """The head and the loss in chunks, which keep the gradients of the hidden states and of the head's weight.
 
     While it runs there are the hidden states and the last layer's two results; a chunk's logits; in 16 bits a copy of
@@ -207,7 +211,7 @@ def loss(s: Sizes, kernels: Mapping[str, str], *, chunk: int, device: str) -> Op
     16-bit factors in fp32.
     """
     logits, head = min(chunk, s.tokens) * s.vocab, s.vocab * s.hidden
-    dx, dhead = s.residual, head * WIDE
+    dx, dhead = s.tokens * s.hidden * (WIDE if fp16 else s.stream), head * WIDE
     held = 2 * s.residual + s.values(s.hidden)
     in_softmax = logits * (WIDE if s.value == WIDE else s.value)
     if s.value < WIDE and kernels["linear_cross_entropy"] != "triton":
@@ -219,6 +223,6 @@ def loss(s: Sizes, kernels: Mapping[str, str], *, chunk: int, device: str) -> Op
         "loss",
         keeps=dx + dhead,
         forward=held + s.cast(head) + max(in_softmax, in_products),
-        backward=dx,
+        backward=dx + (head * WIDE if s.weight < WIDE else 0),
         gradients=head * s.weight,
     )

@@ -1,24 +1,26 @@
-"""How much memory a training step takes on one rank, worked out before it runs.
+"""How much memory a training step takes on one rank, worked out before it runs: `megacl train CONFIG --dry-run`.
 
-    estimate = estimate_memory(model, engine, seq_length=2048, micro_batch_size=8, device="cuda")
+    estimate = estimate_memory(model, engine, seq_length=2048, micro_batch_size=8, ranks=4, device="cuda")
     estimate.peak.total                         # bytes, at the moment at which they are most
-    estimate.peak.when                          # "loss", "backward" or "update"
+    estimate.peak.when                          # "loss", "backward", "update", ...
 
-A step has three moments at which memory can be highest: while the loss is computed, when all that the forward pass
-keeps is there; somewhere in the backward pass; and the optimizer's update. Each is a sum of terms, and each term stands
-in one small function below or as an `Op` of `megacl.activations`. It is the memory of tensors: the interpreter,
-libraries and a GPU's context come on top, and so does what an allocator keeps for later. tools/bench/memory.py measures
-how far it is right; docs/parallelism.md shows it for whole models. With engine.compile it counts what would be kept
-without.
+A step has moments at which memory can be highest: while the loss is computed, when all that the forward pass keeps is
+there; somewhere in the backward pass; and behind it, when gradients are sent and the optimizer updates the weights.
+Each is a sum of terms. What is kept of activations is counted by op, in `megacl.activations`; what there is of weights,
+gradients and optimizer by engine and ZeRO stage, in `megacl.zero_memory`; here they are put together. It is the memory
+of tensors: the interpreter, libraries and a GPU's context come on top, and so does what an allocator keeps for later.
+tools/bench/memory.py measures how far it is right; docs/parallelism.md shows it for whole models. With engine.compile it
+counts what would be kept without.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from megacl.activations import WIDE, Op, Sizes, embedding, final_norm, layer_ops, loss, rotary_tables
 from megacl.config import EngineConfig
 from megacl.kernels import choose_kernels
 from megacl.model.config import ModelConfig
+from megacl.zero_memory import Held, held_by
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,18 @@ class Moment:
     """What autograd keeps for the backward pass."""
     loss: int = 0
     """Logits, and the gradients that the loss computes with them."""
+    communication: int = 0
+    """Buffers of what is sent, and whole weights that were gathered."""
     temporaries: int = 0
 
     @property
     def total(self) -> int:
         """The sum of all terms."""
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "when")
+        return sum(getattr(self, term) for term in TERMS)
+
+
+TERMS = tuple(field.name for field in fields(Moment) if field.name != "when")
+"""The names of what a moment is the sum of."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,11 @@ class MemoryEstimate:
     """What `estimate_memory` found."""
 
     moments: tuple[Moment, ...]
-    """While the loss is computed, in the backward pass where it is highest, in the update."""
+    """In the order of a step; of the backward pass the one that is highest."""
     kept: int
     """What autograd keeps of a micro batch between its forward and its backward pass."""
+    host: int
+    """Memory of the host that is taken beside a GPU's, by an optimizer that was put there."""
 
     @property
     def peak(self) -> Moment:
@@ -65,49 +75,62 @@ def estimate_memory(
     seq_length: int,
     micro_batch_size: int,
     micro_batches: int = 1,
+    ranks: int = 1,
     documents: bool = False,
     device: str,
 ) -> MemoryEstimate:
     """The memory of one rank in a step after the first, when Adam's moments are there.
 
-    micro_batch_size: sequences; micro_batches: how many of them make a step of this rank. documents: whether attention
-    stays inside documents. device: "cpu" or "cuda".
+    micro_batch_size: sequences; micro_batches: how many of them make a step of this rank. ranks: of the whole run, a
+    multiple of engine.tensor_parallel x engine.sequence_parallel. documents: whether attention stays inside documents.
+    device: "cpu" or "cuda", which need not be here.
     """
-    half = engine.precision in ("bf16", "fp16")
-    kernels = _implementations(engine, device=device, half=half)
-    s = _sizes(model, seq_length=seq_length, micro_batch_size=micro_batch_size, half=half)
+    s = _sizes(model, engine, seq_length=seq_length, micro_batch_size=micro_batch_size)
+    kernels = _implementations(engine, device=device)
+    ops = layer_ops(model, s, kernels, copies=documents or engine.sequence_parallel > 1)
     walk = _Walk(
         tables=rotary_tables(model, s, documents=documents),
         embed=embedding(s),
-        layers=model.num_layers * [_layer(engine, s, layer_ops(model, s, kernels, documents=documents))],
+        layers=[_layer(engine, s, ops)] * model.num_layers,
         norm=final_norm(model, s, kernels),
-        loss=loss(s, kernels, chunk=engine.loss_chunk, device=device),
+        loss=loss(s, kernels, chunk=engine.loss_chunk, fp16=engine.precision == "fp16", device=device),
         tied=model.tie_embeddings,
         accumulates=micro_batches > 1,
     )
-    between = Moment("between", parameters=walk.weights, optimizer=2 * walk.weights)
-    return MemoryEstimate((walk.forward(between), walk.backward(between), walk.update(between)), kept=walk.kept)
+    held = held_by(
+        engine,
+        weights=walk.weights // s.weight,
+        largest=max(walk.embed.gradients, *(op.gradients for op in ops)) // s.weight,
+        ranks=ranks // engine.tensor_parallel,
+        accumulates=walk.accumulates,
+        device=device,
+    )
+    moments = (walk.forward(held), walk.at_loss(held), walk.backward(held), *_endings(held))
+    return MemoryEstimate(moments, kept=walk.kept, host=held.host)
 
 
-def _sizes(model: ModelConfig, *, seq_length: int, micro_batch_size: int, half: bool) -> Sizes:
-    """What a micro batch measures on one rank. Under autocast only what goes into matrix products has 16 bits."""
+def _sizes(model: ModelConfig, engine: EngineConfig, *, seq_length: int, micro_batch_size: int) -> Sizes:
+    """What a micro batch measures on one rank. DeepSpeed computes all in 16 bits, autocast only matrix products."""
+    cut, half = engine.tensor_parallel, engine.precision in ("bf16", "fp16")
+    stored = 2 if half and engine.kind == "deepspeed" else WIDE
     return Sizes(
         rows=micro_batch_size,
-        length=seq_length,
+        length=seq_length // engine.sequence_parallel,
         hidden=model.hidden_size,
-        queries=model.num_attention_heads * model.head_dim,
-        keys=model.kv_heads * model.head_dim,
-        heads=model.num_attention_heads,
-        mlp=model.mlp_size,
-        vocab=model.vocab_size,
+        queries=model.num_attention_heads * model.head_dim // cut,
+        keys=model.kv_heads * model.head_dim // cut,
+        heads=model.num_attention_heads // cut,
+        mlp=model.mlp_size // cut,
+        vocab=model.vocab_size // cut,
         value=2 if half else WIDE,
-        stream=WIDE,
-        weight=WIDE,
+        stream=stored,
+        weight=stored,
     )
 
 
-def _implementations(engine: EngineConfig, *, device: str, half: bool) -> Mapping[str, str]:
+def _implementations(engine: EngineConfig, *, device: str) -> Mapping[str, str]:
     """The implementation of each op, by name."""
+    half = engine.precision in ("bf16", "fp16")
     chosen = choose_kernels(device=device, half=half, compiled=engine.compile, overrides=engine.kernels)
     return {choice.op: choice.implementation for choice in chosen.choices}
 
@@ -153,40 +176,52 @@ class _Walk:
         """Bytes that are kept when the forward pass is over."""
         return self.tables + sum(layer.keeps for layer in self.layers) + self.norm.keeps + self.loss.keeps
 
-    def forward(self, between: Moment) -> Moment:
-        """While the loss is computed, when all layers were gone through."""
-        return replace(
-            between,
-            when="loss",
-            gradients=self.weights if self.accumulates else 0,
+    def forward(self, held: Held) -> Moment:
+        """When the last layer was gone through, and weights are still being gathered."""
+        return Moment(
+            "forward",
+            parameters=held.parameters,
+            optimizer=held.optimizer,
+            gradients=held.between,
             activations=self.kept - self.loss.keeps + sum(layer.casts for layer in self.layers),
-            loss=self.loss.keeps + self.loss.forward,
+            communication=held.gathered + held.gathering,
         )
 
-    def backward(self, between: Moment) -> Moment:
+    def at_loss(self, held: Held) -> Moment:
+        """While the loss is computed, when all layers were gone through."""
+        return Moment(
+            "loss",
+            parameters=held.parameters,
+            optimizer=held.optimizer,
+            gradients=held.between,
+            activations=self.kept - self.loss.keeps + sum(layer.casts for layer in self.layers),
+            loss=self.loss.keeps + self.loss.forward,
+            communication=held.gathered,
+        )
+
+    def backward(self, held: Held) -> Moment:
         """Where the backward pass takes most: activations go as gradients come."""
-        moments, gradients = [], 0
+        moments, before = [], 0
         for op, kept in self._backward_ops():
-            # The gradient of weights is a temporary where it is added to another: to that of an earlier micro batch, or
-            # a tied embedding's to the head's, which waits for it.
-            added = op.gradients if self.accumulates or (self.tied and op is self.embed) else 0
-            waits = self.loss.gradients if self.accumulates and self.tied and op is not self.loss else 0
-            gradients += 0 if added else op.gradients
+            # A tied embedding's gradient is added to the head's, which waits for it where there are earlier ones.
+            tied = self.tied and op is self.embed
+            own = 0 if tied else op.gradients
+            waits = self.loss.gradients if self.tied and self.accumulates and op is not self.loss else 0
+            found = held.arriving(before, own)
+            before += own
             moments.append(
-                replace(
-                    between,
-                    when="backward",
-                    gradients=self.weights if self.accumulates else gradients,
+                Moment(
+                    "backward",
+                    parameters=held.parameters,
+                    optimizer=held.optimizer,
+                    gradients=found.kept,
                     activations=kept,
                     loss=self.loss.keeps if op is self.loss else 0,
-                    temporaries=op.backward + added + waits,
+                    communication=held.gathered + found.sending,
+                    temporaries=op.backward + found.passing + (op.gradients if tied else 0) + waits,
                 )
             )
         return max(moments, key=lambda moment: moment.total)
-
-    def update(self, between: Moment) -> Moment:
-        """AdamW's fused kernel goes over all weights in place."""
-        return replace(between, when="update", gradients=self.weights)
 
     def _backward_ops(self) -> Iterator[tuple[Op, int]]:
         """(op, bytes of activations that are kept as its backward pass begins), the last op first."""
@@ -201,3 +236,16 @@ class _Walk:
                 yield op, below + inside
                 inside -= op.keeps + op.cast
         yield self.embed, self.tables
+
+
+def _endings(held: Held) -> Iterator[Moment]:
+    """Behind the backward pass: gradients are sent, the weights updated, and sent in their turn."""
+    for when, found in held.endings.items():
+        yield Moment(
+            when,
+            parameters=held.parameters,
+            optimizer=held.optimizer,
+            gradients=found.kept,
+            communication=found.sending,
+            temporaries=found.passing,
+        )

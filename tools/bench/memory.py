@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,16 @@ def run_case(case: Case) -> int:
     from megacl.parallel.ranks import start_ranks, stop_ranks
 
     warnings.simplefilter("ignore")
-    ranks = start_ranks(timeout=300)
+    settings = EngineConfig(**case.engine)
+    ranks = start_ranks(timeout=300).arrange(
+        tensor_parallel=settings.tensor_parallel, sequence_parallel=settings.sequence_parallel
+    )
 
     def train(model: dict[str, Any], rows: int, length: int) -> None:
         config = ModelConfig(**model)
         engine = build_engine(
             build_model(config, seed=0, device="meta"),
-            engine=EngineConfig(**case.engine, micro_batch_size=rows),
+            engine=replace(settings, micro_batch_size=rows),
             optimizer=OptimizerConfig(),
             ranks=ranks,
         )
@@ -125,6 +128,7 @@ def estimated(case: Case) -> tuple[int, str]:
         seq_length=case.seq_length,
         micro_batch_size=case.micro_batch_size,
         micro_batches=case.micro_batches,
+        ranks=case.ranks,
         device="cuda" if torch.cuda.is_available() else "cpu",
     ).peak
     return peak.total, peak.when
