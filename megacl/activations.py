@@ -133,9 +133,7 @@ def _norm(
     )
 
 
-def _head_norms(
-    model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, copies: bool, waiting: int
-) -> Op | None:
+def _head_norms(model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, copies: bool, waiting: int) -> Op | None:
     """The norms of queries and keys, where the model has them: of what qkv gave, which attention counts."""
     if model.qk_norm == "none":
         return None

@@ -56,9 +56,7 @@ class Held:
     """Of all that, what is in the host's memory where the device is a GPU."""
 
 
-def held_by(
-    engine: EngineConfig, *, weights: int, largest: int, ranks: int, accumulates: bool, device: str
-) -> Held:
+def held_by(engine: EngineConfig, *, weights: int, largest: int, ranks: int, accumulates: bool, device: str) -> Held:
     """What the configured engine holds.
 
     weights: elements of this rank's weights (its part of them under tensor parallelism); largest: of the largest of
