@@ -51,7 +51,8 @@ class RunState:
     """Samples of that phase seen."""
     optimizer_step: int = 0
     """Adam's own count, which starts again where the optimizer's state is reset."""
-    loss_scale: float | None = None
+    loss_scale: tuple[float, int] | None = None
+    """fp16's factor on the loss, and the updates since it last overflowed."""
     phase_end: bool = False
 
 

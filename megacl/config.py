@@ -279,8 +279,25 @@ class RunConfig:
                 f"optimizer.weight_decay is {self.optimizer.weight_decay:g} with independent_weight_decay, and so the "
                 "part of every matrix that an update takes away; it must not exceed 0.01 there, and 1e-4 is usual."
             )
+        self._check_engine()
+
+    def _check_engine(self) -> None:
         engine = self.engine
-        if engine.kind == "deepspeed" and engine.precision != "fp32" and engine.zero_stage == 0:
+        for name in ("offload_optimizer", "compare_replicas_every"):
+            if engine.kind == "native" and getattr(engine, name):
+                raise ConfigError(
+                    f"engine.{name} is set with engine.kind native, which has one device; set engine.kind=deepspeed."
+                )
+        if engine.offload_optimizer and engine.zero_stage == 0:
+            raise ConfigError("engine.offload_optimizer is true with engine.zero_stage 0; it needs stage 1, 2 or 3.")
+        if isinstance(engine.activation_checkpointing, tuple):
+            for layer in engine.activation_checkpointing:
+                if layer >= self.model.num_layers:
+                    raise ConfigError(
+                        f"engine.activation_checkpointing names layer {layer}; "
+                        f"the model has layers 0 to {self.model.num_layers - 1}."
+                    )
+        if engine.kind == "deepspeed" and engine.precision in ("bf16", "fp16") and engine.zero_stage == 0:
             raise ConfigError(
                 f"engine.zero_stage is 0 with engine.precision {engine.precision}; DeepSpeed takes one step too many "
                 "there, so use zero_stage 1."

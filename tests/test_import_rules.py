@@ -24,8 +24,9 @@ LEVELS = [
     "data.rewrite data.duplicates data.remove data.near data.dedup data.overview data.export "
     "data.provide data.sequences data.packing data.mixture data.replay data.planning data.stream "
     "data.lookahead data.loader "
-    "model.layers model.gpt optimizer activations",
-    "engine engine.base engine.native engine.zero engine.adapter engine.monitors checkpoint parallel.apply",
+    "model.layers model.checkpointing model.gpt optimizer activations",
+    "engine engine.base engine.native engine.zero engine.adapter engine.monitors engine.arithmetic engine.loss_scale "
+    "engine.replicas checkpoint parallel.apply",
     "convert evaluate predict memory zero_memory plan sample resume history saw",
     "trainer",
     "release report report_run report_plots slurm",

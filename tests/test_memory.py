@@ -64,7 +64,7 @@ def test_what_autograd_keeps_is_counted_to_the_byte(form, documents, checkpointi
     config, engine = model_of(form), EngineConfig(activation_checkpointing=checkpointing)
     model = build_model(config, seed=0)
     model.use(choose_kernels(device="cpu", half=False, compiled=False, overrides={}))
-    model.checkpoint_layers = checkpointing == "full"
+    model.checkpointing = dict.fromkeys(range(config.num_layers), "full") if checkpointing == "full" else {}
     model.document_end = 0 if documents else None
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (ROWS, LENGTH)))
     said = estimate(config, engine, documents=documents).kept
@@ -79,7 +79,7 @@ def test_what_autocast_keeps_is_counted_to_the_byte():
         config, engine = model_of("gpt_neox"), EngineConfig(precision="bf16", activation_checkpointing=checkpointing)
         model = build_model(config, seed=0)
         model.use(choose_kernels(device="cpu", half=True, compiled=False, overrides={}))
-        model.checkpoint_layers = checkpointing == "full"
+        model.checkpointing = dict.fromkeys(range(config.num_layers), "full") if checkpointing == "full" else {}
         tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (ROWS, LENGTH)))
         assert kept_by_autograd(model, tokens, half=True) == estimate(config, engine).kept
 

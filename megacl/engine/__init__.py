@@ -6,13 +6,18 @@
 Both give the same losses; a state exported from one is imported by the other, at any ZeRO stage and number of ranks.
 """
 
+from collections.abc import Mapping
+from typing import Literal
+
 import torch
 
 from megacl.config import EngineConfig, OptimizerConfig
+from megacl.engine.arithmetic import set_arithmetic
 from megacl.engine.base import Engine, StepResult
 from megacl.engine.native import NativeEngine
 from megacl.engine.zero import DeepSpeedEngine
 from megacl.kernels import choose_kernels
+from megacl.model.checkpointing import FULL, SELECTIVE, Checkpointing
 from megacl.model.gpt import GPT
 from megacl.parallel.apply import apply_sequence_parallel, apply_tensor_parallel, parallel_kernels
 from megacl.parallel.ranks import Ranks
@@ -31,8 +36,10 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
         raise ValueError(
             f"{ranks} for tensor_parallel {engine.tensor_parallel}, sequence_parallel {engine.sequence_parallel}"
         )
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    set_arithmetic(engine, device=device, warn=ranks.rank == 0)
     ops = choose_kernels(
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
         half=engine.precision in ("bf16", "fp16"),
         compiled=engine.compile,
         overrides=engine.kernels,
@@ -41,9 +48,21 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
     apply_tensor_parallel(model, ranks)
     apply_sequence_parallel(model, ranks)
     model.loss_chunk, model.z_loss = engine.loss_chunk, optimizer.z_loss
-    model.checkpoint_layers = engine.activation_checkpointing == "full"
+    model.checkpointing = _checkpointing(engine, len(model.layers))
     if engine.compile:
         for layer in model.layers:
             layer.compile()  # the layers share one graph, so it is compiled once
     kind = DeepSpeedEngine if engine.kind == "deepspeed" else NativeEngine
     return kind(model, ops, engine, optimizer, ranks)
+
+
+def _checkpointing(engine: EngineConfig, num_layers: int) -> Mapping[int, Checkpointing]:
+    match engine.activation_checkpointing:
+        case "none":
+            return {}
+        case "full":
+            return dict.fromkeys(range(num_layers), FULL)
+        case "selective":
+            return {} if engine.compile else dict.fromkeys(range(num_layers), SELECTIVE)
+        case layers:
+            return dict.fromkeys(layers, FULL)

@@ -16,6 +16,7 @@ import contextlib
 import importlib.metadata
 import io
 import logging
+import math
 import os
 import sys
 import warnings
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from megacl.config import EngineConfig
 from megacl.engine.base import MOMENTS
+from megacl.engine.loss_scale import LossScale
 from megacl.engine.monitors import Slice
 from megacl.errors import LaunchError
 from megacl.model.gpt import GPT
@@ -93,29 +95,42 @@ def initialize(
     """
     import deepspeed
 
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm or 0.0,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "reduce_bucket_size": BUCKET,
-            "allgather_bucket_size": BUCKET,
-        },
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # its own is built by a compiler; torch's is as good on a host
         "steps_per_print": sys.maxsize,
     }
+    if config.precision in ("bf16", "fp16"):
+        # Left to itself, it adds micro batches up in fp32 at most, and averages over the ranks in 16 bits.
+        settings |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     if config.precision == "bf16":
-        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        settings["bf16"] = {"enabled": True}
     if config.precision == "fp16":
-        settings |= {"fp16": {"enabled": True}}
+        settings["fp16"] = {
+            "enabled": True,
+            "initial_scale_power": int(math.log2(LossScale.FIRST)),
+            "loss_scale_window": LossScale.WINDOW,
+            "min_loss_scale": LossScale.LEAST,
+            "hysteresis": 1,
+        }
     mpu = _ModelParallelUnit(ranks) if ranks.tp_size > 1 else None
     with contextlib.redirect_stdout(io.StringIO()):  # some stages print their memory
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)[0]
-    if config.zero_stage == 3 and config.precision in ("fp32", "tf32"):
+    if config.zero_stage == 3 and config.precision in ("fp32", "tf32") and not config.offload_optimizer:
         # The shards are fp32 already: they serve as masters, where DeepSpeed keeps a copy of them.
-        zero = engine.optimizer
-        for master, shards in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
-            master.data = shards.data
+        masters, shards = engine.optimizer.fp32_partitioned_groups_flat, engine.optimizer.fp16_partitioned_groups_flat
+        for master, shard in zip(masters, shards, strict=True):
+            master.data = shard.data
     return engine
 
 
@@ -258,6 +273,18 @@ def slices_of(engine: Any) -> Iterator[Slice]:
             if (mapping := parameter._hp_mapping) is not None:
                 at = mapping.hp_fragment_address
                 yield Slice(masters[mapping.param_group_index], at.start, at.numel, name)
+
+
+def loss_scale(engine: Any) -> tuple[float, int]:
+    """fp16's factor on the loss, and the updates since it last overflowed."""
+    scaler = engine.optimizer.loss_scaler
+    return float(scaler.cur_scale), int(scaler.cur_iter - scaler.last_overflow_iter - 1)
+
+
+def set_loss_scale(engine: Any, value: float, since_overflow: int) -> None:
+    """Goes on with what `loss_scale` gave."""
+    scaler = engine.optimizer.loss_scaler
+    scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = value, since_overflow, -1
 
 
 def _zero_optimizer(engine: Any) -> Any:

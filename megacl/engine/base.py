@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.data.packing import PADDING
 from megacl.engine.monitors import Monitors, Slice, UpdateWatch, assemble, part_of, watched
+from megacl.engine.replicas import compare_replicas
 from megacl.errors import CheckpointError, LaunchError
 from megacl.kernels import IGNORED, Kernels
 from megacl.model.gpt import GPT
@@ -67,6 +68,7 @@ class Engine(ABC):
         self._device = device
         self._ranks = ranks
         self._updates = 0
+        self._steps = 0
 
     def step(
         self,
@@ -81,11 +83,16 @@ class Engine(ABC):
         """One optimizer step on the global batch of which `tokens`, int64 [rows, T + 1], is this rank's slice.
 
         Each rank must give as many rows. They are taken micro_batch_size at a time; LaunchError where that does not
-        divide them. targets: how many tokens the global batch predicts, where some of its tokens are PADDING; None
-        where none is. weight_decay: the part that the update takes away from each matrix; None for AdamW's own, lr x
-        optimizer.weight_decay. skip_above: with a loss above it the weights stay as they are. monitor: look inside.
+        divide them, DivergedError where replicas that were due to be compared differ. targets: how many tokens the
+        global batch predicts, where some of its tokens are PADDING; None where none is. weight_decay: the part that the
+        update takes away from each matrix; None for AdamW's own, lr x optimizer.weight_decay. skip_above: with a loss
+        above it the weights stay as they are. monitor: look inside.
         """
         micro_batches = self._micro_batches(tokens)
+        every = self._config.compare_replicas_every
+        if every is not None and self._steps % every == 0:
+            compare_replicas(self._model, self._ranks)
+        self._steps += 1
         # Ranks average their gradients, so each divides by an equal share of all targets, however many are its own.
         all_targets = tokens.shape[0] * (tokens.shape[1] - 1) * self._ranks.dp_size if targets is None else targets
         share = all_targets / self._ranks.replica_size
@@ -180,8 +187,8 @@ class Engine(ABC):
 
     @property
     @abstractmethod
-    def loss_scale(self) -> float | None:
-        """The factor on fp16's losses, or None in another precision."""
+    def loss_scale(self) -> tuple[float, int] | None:
+        """fp16's factor on the loss and the updates since it last overflowed, or None in another precision."""
 
     @abstractmethod
     def reset_optimizer(self) -> None:
@@ -197,7 +204,7 @@ class Engine(ABC):
 
     @abstractmethod
     def import_state(
-        self, load: Callable[[str], dict[str, Tensor]], *, optimizer_step: int, loss_scale: float | None
+        self, load: Callable[[str], dict[str, Tensor]], *, optimizer_step: int, loss_scale: tuple[float, int] | None
     ) -> None:
         """Goes on from an exported state: `load(name)` gives what `export_state` gave, on every rank.
 

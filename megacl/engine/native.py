@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.engine.base import MOMENTS, Engine, StepResult, load_checked
+from megacl.engine.loss_scale import LossScale
 from megacl.engine.monitors import Slice
 from megacl.errors import LaunchError
 from megacl.kernels import Kernels
@@ -30,16 +30,11 @@ class NativeEngine(Engine):
                 "set engine.kind=deepspeed, or start one process."
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cpu" and config.precision in ("bf16", "fp16"):
-            warnings.warn(
-                f"engine.precision {config.precision} on a CPU is many times slower than fp32; there is no GPU here.",
-                stacklevel=4,
-            )
         if model.embed.weight.is_meta:
             model.materialize(device)
         super().__init__(model, model.to(device), ops, config, optimizer, device=device, ranks=ranks)
         self._optimizer = build_optimizer(model, optimizer, width_ratio=model.config.width_ratio)
-        self._scale = _LossScale() if config.precision == "fp16" else None
+        self._scale = LossScale() if config.precision == "fp16" else None
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._config.precision)
@@ -71,13 +66,13 @@ class NativeEngine(Engine):
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         loss, log_z_squared, grad_norm, skipped = torch.stack([*sums, norm, bad]).tolist()
-        if self._scale is not None:
+        if self._scale is not None and not loss > skip_above:
             self._scale.update(overflowed=not math.isfinite(grad_norm))
         return StepResult(loss, grad_norm, applied=not skipped, log_z=math.sqrt(log_z_squared))
 
     @property
-    def loss_scale(self) -> float | None:
-        return None if self._scale is None else self._scale.value
+    def loss_scale(self) -> tuple[float, int] | None:
+        return None if self._scale is None else (self._scale.value, self._scale.since_overflow)
 
     def reset_optimizer(self) -> None:
         self._optimizer.state.clear()
@@ -91,7 +86,7 @@ class NativeEngine(Engine):
             yield name, {key: value.to("cpu", torch.float32, copy=True) for key, value in whole.items()}
 
     def import_state(
-        self, load: Callable[[str], dict[str, Tensor]], *, optimizer_step: int, loss_scale: float | None
+        self, load: Callable[[str], dict[str, Tensor]], *, optimizer_step: int, loss_scale: tuple[float, int] | None
     ) -> None:
         self.reset_optimizer()
         for name, parameter in self._model.named_parameters():
@@ -106,19 +101,4 @@ class NativeEngine(Engine):
                 }
         self._updates = optimizer_step
         if loss_scale is not None and self._scale is not None:
-            self._scale = _LossScale(loss_scale)
-
-
-class _LossScale:
-    """fp16's factor on the loss: halved at each overflow, doubled after 2,000 steps without (arXiv 1710.03740)."""
-
-    def __init__(self, value: float = 65536.0) -> None:
-        self.value = value
-        self._good = 0
-
-    def update(self, *, overflowed: bool) -> None:
-        self._good = 0 if overflowed else self._good + 1
-        if overflowed:
-            self.value /= 2
-        elif self._good == 2000:
-            self.value, self._good = self.value * 2, 0
+            self._scale = LossScale(*loss_scale)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.engine import adapter
 from megacl.engine.base import Engine, StepResult, load_checked
+from megacl.engine.loss_scale import too_small
 from megacl.engine.monitors import Slice
-from megacl.errors import LaunchError
+from megacl.engine.replicas import compare_replicas
 from megacl.kernels import Kernels
 from megacl.model.gpt import GPT
 from megacl.optimizer import build_optimizer
@@ -89,28 +90,28 @@ class DeepSpeedEngine(Engine):
         except Exception as error:
             if "loss scale already at minimum" not in str(error):
                 raise
-            raise LaunchError(
-                "the gradient overflows fp16 even at the smallest loss scale; lower the learning rate or use bf16."
-            ) from None
+            raise too_small() from None
         norm = float(self._deepspeed.get_global_grad_norm())
         return StepResult(loss, norm, applied=bool(self._deepspeed.was_step_applied()), log_z=log_z)
 
     @property
-    def loss_scale(self) -> float | None:
-        return float(self._deepspeed.optimizer.loss_scale) if self._config.precision == "fp16" else None
+    def loss_scale(self) -> tuple[float, int] | None:
+        return adapter.loss_scale(self._deepspeed) if self._config.precision == "fp16" else None
 
     def reset_optimizer(self) -> None:
         adapter.reset_moments(self._deepspeed)
         self._updates = 0
 
     def export_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        if self._config.compare_replicas_every is not None:  # nothing is saved of replicas that differ
+            compare_replicas(self._model, self._ranks)
         for name, state in adapter.export_parameters(self._deepspeed, with_moments=self._updates > 0):
             if shard := self._shards.get(name):
                 state = {key: shard.join(gather(part, self._ranks.tp_group)) for key, part in state.items()}
             yield name, state
 
     def import_state(
-        self, load: Callable[[str], dict[str, Tensor]], *, optimizer_step: int, loss_scale: float | None
+        self, load: Callable[[str], dict[str, Tensor]], *, optimizer_step: int, loss_scale: tuple[float, int] | None
     ) -> None:
         def checked(name: str, shape: torch.Size) -> dict[str, Tensor]:
             shard = self._shards.get(name)
@@ -120,7 +121,7 @@ class DeepSpeedEngine(Engine):
         adapter.import_parameters(self._deepspeed, checked, step=optimizer_step)
         self._updates = optimizer_step
         if loss_scale is not None and self._config.precision == "fp16":
-            self._deepspeed.optimizer.loss_scaler.cur_scale = loss_scale
+            adapter.set_loss_scale(self._deepspeed, *loss_scale)
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
         """What of a parameter's whole value lies on this rank, before ZeRO shards it."""

@@ -23,14 +23,14 @@ Parameters, by name. Checkpoints and conversions hold these names and shapes, so
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megacl.kernels import REFERENCE, Kernels
+from megacl.model.checkpointing import Checkpointing, run_layer
 from megacl.model.config import ModelConfig
 from megacl.model.layers import Attention, GeluMLP, SwiGLUMLP, build_norm, find_documents, rotary_tables
 
@@ -82,7 +82,7 @@ class GPT(nn.Module):
     """A decoder-only transformer of either form. `build_model` gives one with its initial weights.
 
     loss_chunk: tokens whose logits exist at one time while a loss is computed. z_loss: the weight of (log Z)^2 in it.
-    checkpoint_layers: keep only each layer's input for the backward pass and compute the layer again there.
+    checkpointing: by a layer's number, what it keeps for its backward pass (`model.checkpointing`); else everything.
     time_part: (r, n): a loss is computed over the r-th of n equal parts of each row, its tokens at their places in it.
     initial: the whole initial weight of a parameter, by its name, fp32 on the CPU.
     document_end: the token that ends a document. With it, tokens do not look across documents and positions count from
@@ -94,7 +94,7 @@ class GPT(nn.Module):
         self.config = config
         self.loss_chunk = 1024
         self.z_loss = 0.0
-        self.checkpoint_layers = False
+        self.checkpointing: Mapping[int, Checkpointing] = {}
         self.document_end: int | None = None
         self.time_part = (0, 1)
         self.initial: Callable[[str], Tensor] = _no_initial_weight
@@ -134,15 +134,11 @@ class GPT(nn.Module):
             cos_PR, sin_PR = (table_PR.chunk(parts, dim=-2)[part] for table_PR in (cos_PR, sin_PR))
         x_BTD: Tensor = self.embed(tokens_BT)
         delta_BTD: Tensor | None = None
-        for layer in self.layers:
-            if self.checkpoint_layers and torch.is_grad_enabled():
-                # What is kept of a layer is its input, so that is one tensor.
-                x_BTD = x_BTD if delta_BTD is None else x_BTD + delta_BTD
-                x_BTD, delta_BTD = checkpoint(
-                    layer, x_BTD, None, cos_PR, sin_PR, bounds, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_BTD, delta_BTD = layer(x_BTD, delta_BTD, cos_PR, sin_PR, bounds)
+        for index, layer in enumerate(self.layers):
+            how = self.checkpointing.get(index) if torch.is_grad_enabled() else None
+            if how is not None and delta_BTD is not None:
+                x_BTD, delta_BTD = x_BTD + delta_BTD, None  # a layer's input is kept, so it is one tensor
+            x_BTD, delta_BTD = run_layer(layer, how, x_BTD, delta_BTD, cos_PR, sin_PR, bounds)
         assert delta_BTD is not None, "there is a layer"
         if last_only:
             x_BTD, delta_BTD = x_BTD[:, -1:], delta_BTD[:, -1:]

@@ -143,12 +143,12 @@ class Ranks:
             yield
         except MegaclError as raised:
             error = raised
-        first = next((found for found in self._gather(error) if found is not None), None)
+        first = next((found for found in self.gather(error) if found is not None), None)
         if first is not None:
             first.on_every_rank = True
             raise first
 
-    def _gather(self, obj: Any) -> list[Any]:
+    def gather(self, obj: Any) -> list[Any]:
         """Each rank's object, by rank, on every rank."""
         if self.world_size == 1:
             return [obj]

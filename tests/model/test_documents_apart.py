@@ -98,11 +98,12 @@ def test_loss_and_gradients_are_the_sums_over_the_documents_alone(config, attent
 def test_layers_computed_again_in_backward_keep_documents_apart(config):
     apart, _ = models(config)
     kept = []
-    for apart.checkpoint_layers in (False, True):
+    for apart.checkpointing in ({}, {0: "full"}, {0: "full", 1: "selective"}):
         apart.zero_grad()
         apart(torch.tensor(ROWS), torch.tensor(ROWS))[0].backward()
         kept.append({name: gradient.clone() for name, gradient in gradients(apart).items()})
     torch.testing.assert_close(kept[0], kept[1], rtol=0, atol=0)
+    torch.testing.assert_close(kept[0], kept[2], rtol=0, atol=0)
 
 
 @settings(deadline=None, max_examples=25)

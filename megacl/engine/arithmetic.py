@@ -1,0 +1,59 @@
+"""How a process computes: torch's own switches for precision and determinism, which hold for all of the process.
+
+    set_arithmetic(config.engine, device="cuda")       # where an engine is built
+
+fp32 is fp32 on a GPU too. What an engine before this one in the process had set is set anew.
+"""
+
+import os
+import time
+import warnings
+from typing import Literal
+
+import torch
+
+from megacl.config import EngineConfig
+
+
+def set_arithmetic(config: EngineConfig, *, device: Literal["cpu", "cuda"], warn: bool = True) -> None:
+    """Sets how fp32 matrix products are computed, and whether only deterministic operations may run.
+
+    On a CPU it warns, with `warn`, of a precision that changes nothing there, or that is slower than fp32 on this one.
+    """
+    tf32 = config.precision == "tf32" and device == "cuda"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    if config.deterministic:
+        # cuBLAS reads it when it is first used; either of its two values makes it deterministic.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
+    # A help for debugging, which would fill every buffer.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device == "cpu" and warn:
+        _warn_of(config.precision)
+
+
+def _warn_of(precision: str) -> None:
+    if precision == "tf32":
+        warnings.warn("engine.precision tf32 changes nothing on a CPU: it computes in fp32.", stacklevel=4)
+    elif precision in ("bf16", "fp16"):
+        slower = slowdown(torch.bfloat16 if precision == "bf16" else torch.float16)
+        if slower > 1.2:  # what two measurements of one thing may differ by
+            warnings.warn(
+                f"engine.precision {precision} is {slower:.1f} times as slow as fp32 in a matrix product on this CPU.",
+                stacklevel=4,
+            )
+
+
+def slowdown(dtype: torch.dtype, size: int = 256) -> float:
+    """How many times as long as in fp32 a small matrix product takes in `dtype` on this CPU. It is measured, in ms."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(4):  # the first one makes ready
+            start = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    return seconds(dtype) / seconds(torch.float32)
