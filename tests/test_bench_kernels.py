@@ -1,0 +1,20 @@
+"""The benchmark of kernels runs; its figures are not tested."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from megacl import kernels
+
+BENCH = Path(__file__).parents[1] / "tools" / "bench" / "kernels.py"
+
+
+def test_every_implementation_of_this_device_has_its_line():
+    sizes = ["--tokens", "32", "--hidden", "64", "--vocab", "50", "--repeats", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, BENCH, *sizes], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = {tuple(line.replace(" 64/64", "").replace(" 16/64", "").split()[:2]) for line in done.stdout.splitlines()}
+    for op in ("rms_norm", "layer_norm", "rotary", "swiglu", "linear_gelu", "linear_cross_entropy"):
+        assert {(op, form) for form in kernels.FORMS[op] if form != "triton"} <= lines
