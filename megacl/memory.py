@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 
 from megacl.activations import WIDE, Op, Sizes, embedding, final_norm, layer_ops, loss, rotary_tables
 from megacl.config import EngineConfig
-from megacl.kernels import choose_kernels
+from megacl.kernels import choices_of_kernels
 from megacl.model.config import ModelConfig
 from megacl.zero_memory import Held, held_by
 
@@ -131,8 +131,8 @@ def _sizes(model: ModelConfig, engine: EngineConfig, *, seq_length: int, micro_b
 def _implementations(engine: EngineConfig, *, device: str) -> Mapping[str, str]:
     """The implementation of each op, by name."""
     half = engine.precision in ("bf16", "fp16")
-    chosen = choose_kernels(device=device, half=half, compiled=engine.compile, overrides=engine.kernels)
-    return {choice.op: choice.implementation for choice in chosen.choices}
+    choices = choices_of_kernels(device=device, half=half, compiled=engine.compile, overrides=engine.kernels)
+    return {choice.op: choice.implementation for choice in choices}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
     python tests/compile_kernels.py 90        # compute capability 9.0: a line of JSON for each kernel and its arguments
 
 The ops are called with tensors on the CPU, and each kernel that they launch is compiled for just those arguments, and
-not run. A line has the kernel's name, its registers a thread, and what it spills from registers to memory, in bytes.
+not run. A line has the kernel's name, its registers a thread, what it spills from registers to memory and the
+widest of its loads and stores, in bytes.
 """
 
 import json
@@ -50,8 +51,11 @@ def compile_instead_of_running() -> None:
             file.flush()
             usage = subprocess.run([DUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        widths = re.findall(r"(?:ld|st)\.global(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
+        widest = max(int(count or 1) * int(bits) // 8 for count, bits in widths)
         name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
-        print(json.dumps({"kernel": name, "registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"]}))
+        spilled = used["STACK"] + used["LOCAL"]
+        print(json.dumps({"kernel": name, "registers": used["REG"], "spilled": spilled, "widest": widest}))
         return kernel
 
     JITFunction.run = compile_only

@@ -23,7 +23,7 @@ from megacl.errors import ConfigError
 from megacl.kernels import chunked, fused, lean, reference, varlen
 from megacl.kernels.reference import IGNORED
 
-__all__ = ["FORMS", "IGNORED", "REFERENCE", "Choice", "Kernels", "choose_kernels"]
+__all__ = ["FORMS", "IGNORED", "REFERENCE", "Choice", "Kernels", "choices_of_kernels", "choose_kernels"]
 
 Op = Callable[..., Any]
 
@@ -127,14 +127,21 @@ REFERENCE = _assemble(dict.fromkeys(FORMS, "reference"))
 
 
 def choose_kernels(*, device: str, half: bool, compiled: bool, overrides: Mapping[str, str]) -> Kernels:
+    """What `choices_of_kernels` names, ready to run."""
+    choices = choices_of_kernels(device=device, half=half, compiled=compiled, overrides=overrides)
+    return _assemble({choice.op: choice.implementation for choice in choices}, choices)
+
+
+def choices_of_kernels(*, device: str, half: bool, compiled: bool, overrides: Mapping[str, str]) -> tuple[Choice, ...]:
     """The fastest implementation of each op, or the one that `overrides` names.
 
     On a CPU that is what tools/bench/kernels.py measured to be the fastest there. On a GPU it is our Triton kernels
     where Triton is installed. Under torch.compile, what the compiler fuses by itself (norms, rotary, activations) is
     left to it, as the reference; it does not see that the loss can be computed in chunks, so that stays a kernel.
 
-    device: "cpu" or "cuda". half: on values of 16 bits. compiled: inside graphs of torch.compile. Raises ConfigError
-    where an override names what there is not, or what cannot run here.
+    device: "cpu" or "cuda"; where there is no GPU, one of compute capability 8.0 with Triton is meant. half: on values
+    of 16 bits. compiled: inside graphs of torch.compile. Raises ConfigError where an override names what there is not,
+    or what cannot run there.
     """
     for op, name in overrides.items():
         if op not in FORMS:
@@ -143,23 +150,24 @@ def choose_kernels(*, device: str, half: bool, compiled: bool, overrides: Mappin
             raise ConfigError(f"engine.kernels.{op} is {name!r}; it must be one of {', '.join(FORMS[op])}.")
         if missing := _missing(name, device=device, half=half):
             raise ConfigError(f"engine.kernels.{op} is {name!r}, which cannot run here: {missing}.")
-    choices = tuple(
+    return tuple(
         Choice(op, overrides[op], "engine.kernels")
         if op in overrides
         else Choice(op, *_fastest(op, device=device, half=half, compiled=compiled))
         for op in FORMS
     )
-    return _assemble({choice.op: choice.implementation for choice in choices}, choices)
 
 
 def _missing(name: str, *, device: str, half: bool) -> str | None:
     """What an implementation needs and does not have; None where it can run."""
-    if name == "triton" and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install 'megacl[gpu]')"
-    if name == "triton" and device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
-        return "Triton's kernels run on a GPU; on a CPU they are only interpreted, very slowly, with TRITON_INTERPRET=1"
-    if name == "flash" and not (device == "cuda" and half and torch.cuda.get_device_capability() >= (8, 0)):
-        return "flash attention wants 16 bits on a GPU of capability 8.0"
+    imagined = device == "cuda" and not torch.cuda.is_available()
+    match name:
+        case "triton" if device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+            return "Triton runs on a GPU; on a CPU its kernels are interpreted, very slowly, with TRITON_INTERPRET=1"
+        case "triton" if not imagined and importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (pip install 'megacl[gpu]')"
+        case "flash" if device == "cpu" or not half or not (imagined or torch.cuda.get_device_capability() >= (8, 0)):
+            return "flash attention wants 16 bits on a GPU of capability 8.0"
     return None
 
 

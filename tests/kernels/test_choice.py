@@ -16,12 +16,13 @@ FUSED_BY_COMPILER = ["rms_norm", "layer_norm", "rotary", "swiglu", "linear_gelu"
 
 
 def chosen(*, device: str, half: bool = True, compiled: bool = False, **overrides: str) -> dict[str, str]:
-    ops = kernels.choose_kernels(device=device, half=half, compiled=compiled, overrides=overrides)
-    return {choice.op: choice.implementation for choice in ops.choices}
+    choices = kernels.choices_of_kernels(device=device, half=half, compiled=compiled, overrides=overrides)
+    return {choice.op: choice.implementation for choice in choices}
 
 
 @pytest.fixture
 def gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
 
@@ -40,6 +41,11 @@ def test_on_a_gpu_triton_runs_where_the_compiler_does_not_fuse(gpu):
 
 def test_without_triton_a_gpu_runs_pytorchs_kernels(gpu, no_triton):
     assert "triton" not in chosen(device="cuda").values()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here_is_a_recent_one_with_triton(no_triton):
+    assert {*chosen(device="cuda").values()} == {"triton", "flash", "sdpa"}
 
 
 def test_on_a_cpu_nothing_is_interpreted():
@@ -78,7 +84,7 @@ def test_an_implementation_that_is_unknown_or_cannot_run_is_refused(overrides, s
 def test_triton_on_a_cpu_is_refused_but_in_the_interpreter(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ConfigError, match=r"rms_norm is 'triton', which cannot run here: .* run on a GPU"):
+    with pytest.raises(ConfigError, match=r"rms_norm is 'triton', which cannot run here: Triton runs on a GPU"):
         chosen(device="cpu", rms_norm="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert chosen(device="cpu", rms_norm="triton")["rms_norm"] == "triton"

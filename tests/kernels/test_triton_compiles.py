@@ -12,7 +12,7 @@ COMPILER = Path(__file__).parents[1] / "compile_kernels.py"
 
 
 @pytest.mark.parametrize("capability", ["90", pytest.param("80", marks=pytest.mark.long)])
-def test_every_kernel_compiles_for_a_gpu_and_keeps_to_its_registers(tmp_path, capability):
+def test_every_kernel_compiles_for_a_gpu_keeps_to_its_registers_and_moves_16_bytes_at_a_time(tmp_path, capability):
     triton = pytest.importorskip("triton")
     if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump").exists():
         pytest.skip("this Triton cannot compile for NVIDIA's GPUs")
@@ -32,4 +32,4 @@ def test_every_kernel_compiles_for_a_gpu_and_keeps_to_its_registers(tmp_path, ca
         "triton_gelu._backward",
         "triton_cross_entropy._softmax",
     }
-    assert [each for each in compiled if each["spilled"]] == []
+    assert [each for each in compiled if each["spilled"] or each["widest"] != 16] == []

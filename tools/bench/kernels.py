@@ -101,7 +101,8 @@ def implementations(case: Case, *, device: str, compiled: bool) -> dict[str, Cal
         found.pop("triton", None)  # it would be interpreted
     if compiled:
         found["compiled"] = torch.compile(kernels.FORMS[case.op]["reference"], dynamic=False)
-    if device == "cuda" and (liger := liger_op(case.op)):
+    partial = case.op == "rotary" and 2 * case.inputs[1].shape[-1] < case.inputs[0].shape[-1]
+    if device == "cuda" and not partial and (liger := liger_op(case.op)):  # liger turns whole heads
         found["liger"] = liger
     return found
 
