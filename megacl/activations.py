@@ -30,6 +30,8 @@ class Op:
     """What its backward pass holds at most beyond what is kept: gradients on their way, temporaries."""
     gradients: int = 0
     """Gradients of its weights."""
+    result: int = 0
+    """Of what it keeps or gives out, what selective checkpointing holds on to: products, and attention's results."""
     cast: int = 0
     """Autocast's copy of its weight: it is kept like the others, but exists while the whole forward pass lasts."""
 
@@ -114,6 +116,7 @@ def _linear(model: ModelConfig, s: Sizes, name: str, inputs: int, outputs: int, 
         keeps=s.values(inputs),
         backward=waiting + s.values(inputs) + s.values(outputs) + s.cast(weights),
         gradients=weights * s.weight,
+        result=s.values(outputs),
         cast=s.cast(inputs * outputs),
     )
 
@@ -172,7 +175,8 @@ def _attention(s: Sizes, *, copies: bool, waiting: int) -> Op:
     qkv, mixed = s.values(s.queries + 2 * s.keys), s.values(s.queries)
     rotated = 0 if copies else s.values(s.queries + s.keys)
     log_z = s.tokens * s.heads * WIDE
-    return Op("attention", keeps=rotated + qkv + mixed + log_z, backward=waiting + mixed + qkv)
+    kept = rotated + qkv + mixed + log_z
+    return Op("attention", keeps=kept, backward=waiting + mixed + qkv, result=mixed + log_z)
 
 
 def _gelu(s: Sizes, waiting: int) -> Op:

@@ -115,16 +115,19 @@ def _share(task: str) -> tuple[int, int]:
 def train(
     config: Annotated[list[str], typer.Argument(help="CONFIG.yaml... merged left to right, then section.key=value...")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would do, and stop.")] = False,
+    ranks: Annotated[int | None, typer.Option(min=1, help="With --dry-run: how many ranks there will be.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on where the run directory stands.")] = True,
 ) -> None:
     """Train a run: its phases one after another. The same command goes on after an interruption."""
     from megacl.configfile import load_arguments
 
     run = load_arguments(config)
+    if ranks is not None and not dry_run:
+        raise ConfigError("--ranks goes with --dry-run; a run's ranks are those that torchrun or srun starts.")
     if dry_run:
         from megacl.plan import plan_text
 
-        for line in plan_text(run, resume=resume):
+        for line in plan_text(run, resume=resume, ranks=ranks):
             print(line)
         return
     from megacl.trainer import train as train_run

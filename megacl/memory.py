@@ -9,16 +9,17 @@ there; somewhere in the backward pass; and behind it, when gradients are sent an
 Each is a sum of terms. What is kept of activations is counted by op, in `megacl.activations`; what there is of weights,
 gradients and optimizer by engine and ZeRO stage, in `megacl.zero_memory`; here they are put together. It is the memory
 of tensors: the interpreter, libraries and a GPU's context come on top, and so does what an allocator keeps for later.
-tools/bench/memory.py measures how far it is right; docs/parallelism.md shows it for whole models. With engine.compile it
-counts what would be kept without.
+tools/bench/memory.py measures how far it is right; docs/parallelism.md shows it for whole models. With engine.compile
+it counts what would be kept without.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megacl.activations import WIDE, Op, Sizes, embedding, final_norm, layer_ops, loss, rotary_tables
 from megacl.config import EngineConfig
 from megacl.kernels import choices_of_kernels
+from megacl.log import table_text
 from megacl.model.config import ModelConfig
 from megacl.zero_memory import Held, held_by
 
@@ -67,6 +68,15 @@ class MemoryEstimate:
         """The moment at which memory is highest."""
         return max(self.moments, key=lambda moment: moment.total)
 
+    def table(self) -> Iterator[str]:
+        """Lines: a column for each moment, a row for each term that is not 0 throughout, and the sum; in MB, 10^6."""
+        rows = []
+        for term in (*TERMS, "total"):
+            sizes = [getattr(moment, term) for moment in self.moments]
+            if any(sizes):
+                rows.append([term, *(f"{size / 1e6:,.1f}" for size in sizes)])
+        yield from table_text(["MB", *(moment.when for moment in self.moments)], rows)
+
 
 def estimate_memory(
     model: ModelConfig,
@@ -91,7 +101,7 @@ def estimate_memory(
     walk = _Walk(
         tables=rotary_tables(model, s, documents=documents),
         embed=embedding(s),
-        layers=[_layer(engine, s, ops)] * model.num_layers,
+        layers=_layers(model, engine, s, ops),
         norm=final_norm(model, s, kernels),
         loss=loss(s, kernels, chunk=engine.loss_chunk, fp16=engine.precision == "fp16", device=device),
         tied=model.tie_embeddings,
@@ -145,11 +155,26 @@ class _Layer:
     """Autocast's copies that it does not keep: they end with the forward pass of the whole model."""
 
 
-def _layer(engine: EngineConfig, s: Sizes, ops: list[Op]) -> _Layer:
-    """A checkpointed layer keeps its input alone, and is computed again before it goes backward."""
-    if engine.activation_checkpointing == "full":
-        return _Layer(ops, keeps=s.residual, casts=sum(op.cast for op in ops))
-    return _Layer(ops, keeps=sum(op.keeps + op.cast for op in ops))
+def _layers(model: ModelConfig, engine: EngineConfig, s: Sizes, ops: list[Op]) -> list[_Layer]:
+    """What is kept of each layer, as activation checkpointing says; what is not is computed again.
+
+    Of a layer that is checkpointed that is its input, and if it is so selectively also the results of its products, but
+    for the last, and of attention.
+    """
+    how = engine.activation_checkpointing
+    input_alone = _Layer(ops, keeps=s.residual, casts=sum(op.cast for op in ops))
+    match how:
+        case "none":
+            layers = [_Layer(ops, keeps=sum(op.keeps + op.cast for op in ops))] * model.num_layers
+        case "full":
+            layers = [input_alone] * model.num_layers
+        case "selective":
+            results = sum(op.result for op in ops[:-1])
+            layers = [replace(input_alone, keeps=s.residual + results)] * model.num_layers
+        case _:
+            everything = _Layer(ops, keeps=sum(op.keeps + op.cast for op in ops))
+            layers = [input_alone if layer in how else everything for layer in range(model.num_layers)]
+    return layers
 
 
 @dataclass(frozen=True)

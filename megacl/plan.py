@@ -29,6 +29,7 @@ from megacl.data.stream import PhaseStream, open_recorded
 from megacl.errors import ConfigError, DataError
 from megacl.lineage import Lineage, PhaseRecord, SourceRecord, describe_mixture
 from megacl.model.gpt import count_parameters, flops_per_token
+from megacl.plan_memory import memory_lines
 from megacl.resume import Found, Inputs, find_inputs, find_origin, open_sources
 from megacl.schedules import Schedule, build_schedule
 
@@ -201,6 +202,18 @@ def _end_of(config: RunConfig, index: int, record: PhaseRecord) -> str:
     )
 
 
+def check_ranks(config: RunConfig, ranks: int) -> None:
+    """Raises ConfigError where so many ranks cannot share the run."""
+    engine = config.engine
+    if engine.kind == "native" and ranks > 1:
+        raise ConfigError(f"engine.kind is native, which runs on one rank, and there are {ranks}; use deepspeed.")
+    if ranks % (engine.tensor_parallel * engine.sequence_parallel):
+        raise ConfigError(
+            f"the number of ranks is {ranks}; it must be a multiple of engine.tensor_parallel, "
+            f"{engine.tensor_parallel}, x engine.sequence_parallel, {engine.sequence_parallel}."
+        )
+
+
 def check_batches(config: RunConfig, dp_size: int) -> None:
     """Raises ConfigError where a phase's batch cannot be dealt out to data-parallel ranks in whole micro batches."""
     for index, phase in enumerate(config.phases):
@@ -214,14 +227,19 @@ def check_batches(config: RunConfig, dp_size: int) -> None:
             )
 
 
-def plan_text(config: RunConfig, *, resume: bool = True) -> Iterator[str]:
-    """Lines on the model, then on each phase: tokens, steps, exact shares, epochs, and the rate at its corners.
+def plan_text(config: RunConfig, *, resume: bool = True, ranks: int | None = None) -> Iterator[str]:
+    """Lines on the model, then on each phase: tokens, steps, exact shares, epochs, and the rate at its corners; then on
+    the memory of a rank.
 
-    Raises as the start of training would, on one rank. What depends on data that is not prepared yet is left out.
+    ranks: how many there will be; by default as few as can be. Raises as the start of training on them would. What
+    depends on data that is not prepared yet is left out.
     """
     parameters = count_parameters(config.model)
     yield f"run {config.run_dir}: {config.model.form}, {parameters:,} parameters, seed {config.seed}"
-    check_batches(config, 1)
+    group = config.engine.tensor_parallel * config.engine.sequence_parallel
+    ranks = ranks or group
+    check_ranks(config, ranks)
+    check_batches(config, ranks // group)
     warnings: list[str] = []
     newest = newest_checkpoint(Path(config.run_dir), warnings.append)
     origin = find_origin(config, Path(config.run_dir), newest, resume=resume, warn=warnings.append)
@@ -266,6 +284,7 @@ def plan_text(config: RunConfig, *, resume: bool = True) -> Iterator[str]:
             yield from (f"  {line}" for line in (*_reading(record), *packed.get(index, ())))
         yield from (f"  warning: {line}" for line in warned.get(index, []))
     yield f"{total:,} tokens, {all_steps:,} steps, {flops:.3g} FLOPs in all"
+    yield from memory_lines(config, ranks)
 
 
 def phase_line(config: RunConfig, index: int, steps: int, *, done: bool) -> str:
