@@ -161,20 +161,18 @@ def _layers(model: ModelConfig, engine: EngineConfig, s: Sizes, ops: list[Op]) -
     Of a layer that is checkpointed that is its input, and if it is so selectively also the results of its products, but
     for the last, and of attention.
     """
-    how = engine.activation_checkpointing
+    everything = _Layer(ops, keeps=sum(op.keeps + op.cast for op in ops))
     input_alone = _Layer(ops, keeps=s.residual, casts=sum(op.cast for op in ops))
-    match how:
+    match engine.activation_checkpointing:
         case "none":
-            layers = [_Layer(ops, keeps=sum(op.keeps + op.cast for op in ops))] * model.num_layers
+            return [everything] * model.num_layers
         case "full":
-            layers = [input_alone] * model.num_layers
+            return [input_alone] * model.num_layers
         case "selective":
             results = sum(op.result for op in ops[:-1])
-            layers = [replace(input_alone, keeps=s.residual + results)] * model.num_layers
-        case _:
-            everything = _Layer(ops, keeps=sum(op.keeps + op.cast for op in ops))
-            layers = [input_alone if layer in how else everything for layer in range(model.num_layers)]
-    return layers
+            return [replace(input_alone, keeps=s.residual + results)] * model.num_layers
+        case chosen:
+            return [input_alone if layer in chosen else everything for layer in range(model.num_layers)]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, its exit status, and one line for each bad input."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -131,6 +132,34 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert "replays 768 tokens of phase english" in out
     assert "0.0025 at the first update, 0.005 at the highest, 0.0005 at the last" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_a_rank_takes(prepared: Prepared, tmp_path: Path, capsys: Capture) -> None:
+    config = prepared.config_file(tmp_path / "run", engine={"kind": "deepspeed", "zero_stage": 2, "tensor_parallel": 2})
+    status, out, _ = command_line(capsys, "train", config, "--dry-run", "--ranks", "4")
+    assert status == 0
+    assert "memory on each of 4 ranks, in phase english:" in out
+    assert re.search(r"\n  total +[0-9.]+ +[0-9.]+ ", out)
+    assert re.search(r"[0-9.]+ GB at most \(\w+\), without Python and its libraries; this \w+ has [0-9.]+ GB", out)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "said"),
+    [
+        ({"kind": "deepspeed", "tensor_parallel": 2}, ["--dry-run", "--ranks", "3"], "the number of ranks is 3"),
+        ({}, ["--dry-run", "--ranks", "2"], "engine.kind is native, which runs on one rank, and there are 2"),
+        ({"kind": "deepspeed"}, ["--dry-run", "--ranks", "5"], "data-parallel size 5"),
+        ({}, ["--ranks", "2"], "--ranks goes with --dry-run"),
+    ],
+)
+def test_ranks_that_cannot_share_a_run_are_refused_by_a_dry_run(
+    prepared: Prepared, tmp_path: Path, capsys: Capture, engine: dict[str, Any], options: list[str], said: str
+) -> None:
+    config = prepared.config_file(tmp_path / "run", engine=engine)
+    status, _, err = command_line(capsys, "train", config, *options)
+    assert status == 2
+    assert said in err
+    assert "Traceback" not in err
 
 
 def test_sources_that_hold_out_different_parts_are_named_before_a_run(

@@ -109,7 +109,7 @@ SHAPES: list[dict[str, Any]] = [{}, {"vocab_size": 4096}, {"num_layers": 12, "hi
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective", (0, 2)])
 @pytest.mark.parametrize("form", ["gpt_neox", "llama", "tied"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_step_allocates_what_was_estimated(form, shape, checkpointing, micro_batches):
