@@ -1,7 +1,8 @@
 """What a run writes while it goes: metrics.jsonl first, the terminal, and TensorBoard where it is installed.
 
-metrics.jsonl holds one JSON object a line, flushed line by line: a `step` record for each optimizer step and an
-`evaluation` record for each evaluation (docs/formats.md). Only rank 0 writes; on the others every call does nothing.
+metrics.jsonl holds one JSON object a line, flushed line by line: a `step` record for each optimizer step, a `monitor`
+record for those that were looked into, an `evaluation` record for each evaluation (docs/formats.md). Only rank 0
+writes; on the others every call does nothing.
 """
 
 import datetime
@@ -45,6 +46,8 @@ def _finite(value: Any) -> Any:
     """The value with null in place of every number that is not finite: JSON has none."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -151,9 +154,16 @@ def _open_tensorboard(run_dir: Path) -> Any:
 
 def _to_tensorboard(writer: Any, kind: str, values: dict[str, Any]) -> None:
     if kind == "step":
-        for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
+        for name in ("loss", "lr", "grad_norm", "log_z", "tokens_per_second"):
             if values[name] is not None:
                 writer.add_scalar(f"train/{name}", values[name], values["step"])
+    elif kind == "monitor":
+        parts = {f"layers.{index}": layer for index, layer in enumerate(values["layers"])}
+        parts |= {name: part for name, part in values.items() if isinstance(part, dict)}
+        for part, found in parts.items():
+            for quantity, value in found.items():
+                if value is not None:
+                    writer.add_scalar(f"{quantity}/{part}", value, values["step"])
     elif kind == "evaluation":
         for source, result in values["sources"].items():
             if result["loss"] is not None:

@@ -137,6 +137,7 @@ class _Run:
         self.unsaved: RunState | None = None  # where the run stands, if no checkpoint stands there
         self.skipped = 0
         self.total_steps = total_steps
+        self.alarmed = False
         with ranks.together():
             self.evaluated, problems = sources_of(
                 self.lineage, self.inputs.sources, self.inputs.history, self.inputs.cache
@@ -310,7 +311,8 @@ class _Run:
         waited: float,
     ) -> None:
         start = time.perf_counter()
-        result = self.engine.step(tokens, lr, targets=targets, weight_decay=weight_decay)
+        monitor = _due(self.step + 1, self.config.logging.monitor_every_steps)
+        result = self.engine.step(tokens, lr, targets=targets, weight_decay=weight_decay, monitor=monitor)
         seconds = time.perf_counter() - start
         self.step += 1
         config = self.config
@@ -342,6 +344,12 @@ class _Run:
             flops_per_second=flops,
             **({} if targets is None else {"real_tokens": targets}),
         )
+        if result.monitors is not None:
+            values = {"step": self.step, "phase": phase.name, "log_z": result.log_z, **result.monitors.record()}
+            self.log.record("monitor", **values)
+            if not self.alarmed and (alarm := result.monitors.alarm()):
+                self.alarmed = True
+                self.log.warn(f"step {self.step}: {alarm}")
         text = f"{phase.name}  loss {result.loss:.4f}  lr {lr:.3g}  {rate:,.0f} tokens/s  {flops / 1e9:,.1f} GFLOP/s"
         self.log.progress(self.step, self.total_steps, text)
 

@@ -1,6 +1,7 @@
 """metrics.jsonl: a record a line, read back; a crash in the middle of a line costs that line alone."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -98,11 +99,17 @@ def test_tensorboard_gets_the_same_numbers_where_it_is_installed(tmp_path: Path)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = open_log(tmp_path, tensorboard=True)
-    log.record("step", step=1, loss=2.5, lr=1e-3, grad_norm=None, tokens_per_second=10.0)
+    log.record("step", step=1, loss=2.5, lr=1e-3, grad_norm=None, log_z=4.5, tokens_per_second=10.0)
+    part = {"grad_norm": 0.5, "update_to_weight": math.nan}
+    log.record("monitor", step=1, log_z=4.5, layers=[{**part, "attention_logit_max": 6.5}], embed=part)
     log.record("evaluation", step=1, sources={"english": {"loss": 3.5}})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.value for event in events.Scalars("train/loss")] == [2.5]
+    assert [event.value for event in events.Scalars("train/log_z")] == [4.5]
+    assert [event.value for event in events.Scalars("attention_logit_max/layers.0")] == [6.5]
+    assert [event.value for event in events.Scalars("grad_norm/embed")] == [0.5]
+    assert not any(tag.startswith("update_to_weight") for tag in events.Tags()["scalars"])
     assert [event.value for event in events.Scalars("loss/english")] == [3.5]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"] is None

@@ -1,4 +1,4 @@
-"""Runs with the switches for stability on, against a plain loop over the same samples."""
+"""Runs with the switches for stability on, against a plain loop over the same samples; runs that are looked into."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from megacl.configfile import from_tree, load
 from megacl.data.stream import PhaseStream, open_recorded
+from megacl.engine import monitors
 from megacl.lineage import Lineage, load_lineage
 from megacl.model.gpt import build_model
 from megacl.trainer import train
@@ -48,3 +49,40 @@ def test_a_run_with_the_switches_on_follows_a_plain_loop(prepared: Prepared, tmp
             optimizer.param_groups[0]["lr"] = record["lr"]
             optimizer.step()
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_is_looked_into_at_its_interval(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = prepared.tree(tmp_path / "plain")
+    looked = prepared.tree(tmp_path / "looked")
+    looked["logging"]["monitor_every_steps"] = 5
+    for tree in (plain, looked):
+        assert train(from_tree(tree)) == "done"
+    assert losses(tmp_path / "plain") == losses(tmp_path / "looked")
+    assert not metrics(tmp_path / "plain", "monitor")
+    records, steps = metrics(tmp_path / "looked", "monitor"), metrics(tmp_path / "looked", "step")
+    assert [record["step"] for record in records] == [5, 10, 15, 20]
+    assert [record["phase"] for record in records] == ["english", "english", "german", "german"]
+    for record in records:
+        step = steps[record["step"] - 1]
+        assert record["log_z"] == step["log_z"]
+        assert len(record["layers"]) == looked["model"]["num_layers"]
+        parts = [*record["layers"], record["embed"], record["final_norm"], record["head"]]
+        assert sum(part["grad_norm"] ** 2 for part in parts) == pytest.approx(step["grad_norm"] ** 2, rel=1e-5)
+        assert all(0 < part["update_to_weight"] < 1 for part in parts)
+    assert "attention's largest logit" not in capsys.readouterr().err
+
+
+def test_logits_of_attention_that_run_away_are_warned_about_once(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(monitors, "LOGIT_ALARM", 1e-6)
+    tree = prepared.tree(tmp_path / "run")
+    tree["logging"]["monitor_every_steps"] = 10
+    train(from_tree(tree))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "attention's largest logit" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: step 10: attention's largest logit is ")
+    largest = [layer["attention_logit_max"] for layer in metrics(tmp_path / "run", "monitor")[0]["layers"]]
+    assert f"in layer {largest.index(max(largest))}, and runs in which it reaches 1e4 diverge" in warnings[0]

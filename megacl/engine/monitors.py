@@ -25,6 +25,8 @@ from torch import Tensor
 
 from megacl.kernels import Kernels
 
+LOGIT_ALARM = 1e3
+"""Attention's largest logit that is warned about: runs diverge at about 1e4 (arXiv 2309.14322)."""
 _SCORES = 2**24
 """Logits of attention that exist at one time."""
 _ELEMENTS = 2**24
@@ -61,6 +63,16 @@ class Monitors:
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             **{name: dataclasses.asdict(part) for name, part in self.others.items()},
         }
+
+    def alarm(self) -> str | None:
+        """What is to be warned about, or None."""
+        largest = [layer.attention_logit_max for layer in self.layers]
+        if max(largest) <= LOGIT_ALARM:
+            return None
+        return (
+            f"attention's largest logit is {max(largest):.4g}, in layer {largest.index(max(largest))}, and runs in which "
+            "it reaches 1e4 diverge; lower max_lr, or give a new model a qk_norm."
+        )
 
 
 def part_of(name: str) -> str:
