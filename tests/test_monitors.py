@@ -239,6 +239,14 @@ def test_ranks_that_share_layers_or_sequences_see_what_one_process_sees(tp, sp, 
         assert found == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_optimizer_on_the_host_sees_the_same(stage):
+    settings = {"kind": "deepspeed", "zero_stage": stage, "offload_optimizer": True}
+    _, *found = run_on_ranks(2, monitored, NEOX, 3, **settings)[0]
+    for values, expected in zip(found, monitored(Ranks(), NEOX, 3)[1:], strict=True):
+        assert values == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_sees_about_what_fp32_sees(stage):
     found = run_on_ranks(2, monitored, NEOX, 3, kind="deepspeed", zero_stage=stage, precision="bf16")[0]
@@ -257,7 +265,7 @@ def monitored_in_fp16(ranks: Ranks, *args: Any, **settings: Any) -> Any:
     return monitored(ranks, *args, precision="fp16", **settings)
 
 
-@pytest.mark.filterwarnings("ignore:engine.precision fp16 on a CPU")
+@pytest.mark.filterwarnings("ignore:engine.precision fp16 is .* times as slow")
 @pytest.mark.parametrize("stage", [None, 2, 3])
 def test_the_loss_scale_of_fp16_is_not_to_be_seen(stage):
     expected = monitored(Ranks(), NEOX, 3)

@@ -70,8 +70,8 @@ class Monitors:
         if max(largest) <= LOGIT_ALARM:
             return None
         return (
-            f"attention's largest logit is {max(largest):.4g}, in layer {largest.index(max(largest))}, and runs in which "
-            "it reaches 1e4 diverge; lower max_lr, or give a new model a qk_norm."
+            f"attention's largest logit is {max(largest):.4g}, in layer {largest.index(max(largest))}, and runs in "
+            "which it reaches 1e4 diverge; lower max_lr, or give a new model a qk_norm."
         )
 
 
