@@ -194,7 +194,9 @@ class _Run:
     def _greeting(self) -> str:
         config = self.config
         size = f"{count_parameters(config.model):,} parameters"
-        what = f"{size}, {config.engine.kind} engine, {self.ranks.world_size} rank(s)"
+        ranks = self.ranks
+        groups = f" in {ranks.dp_size} data-parallel group(s)" if ranks.dp_size < ranks.world_size else ""
+        what = f"{size}, {config.engine.kind} engine, {ranks.world_size} rank(s){groups}"
         parent = self.origin.parent
         where = (
             f"from {parent.path}" if parent else f"going on at step {self.step}" if self.step else "from the beginning"

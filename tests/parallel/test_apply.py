@@ -13,7 +13,18 @@ from megacl.model.config import ModelConfig
 from megacl.model.gpt import build_model
 from megacl.parallel.ranks import Ranks
 from tests.ranks import arranged, run_on_ranks
-from tests.test_engine import STAGES, Outcome, assert_close, batch, make_engine, train, train_native
+from tests.test_engine import (
+    STAGES,
+    Outcome,
+    arrays,
+    assert_close,
+    batch,
+    make_engine,
+    restore,
+    train,
+    train_fp16,
+    train_native,
+)
 
 NEOX = ModelConfig(vocab_size=2224, hidden_size=48, num_layers=2, num_attention_heads=4, qk_norm="layer_norm")
 LLAMA = ModelConfig(
@@ -146,6 +157,28 @@ def test_bf16_in_groups_follows_fp32(groups, alone):
     np.testing.assert_allclose(outcome.losses, alone["llama"].losses[:10], rtol=5e-3)
 
 
+def train_fp16_in_groups(ranks: Ranks, tp: int, sp: int, *args: Any, **settings: Any) -> Outcome:
+    ranks = arranged(ranks, tp, sp)
+    return train_fp16(ranks, *args, kind="deepspeed", tensor_parallel=tp, sequence_parallel=sp, **settings)
+
+
+@pytest.mark.parametrize(("tp", "sp", "stage"), [(2, 1, 1), (2, 1, 3), (1, 2, 2)])
+def test_fp16_in_groups_skips_overflows_on_all_ranks_and_follows_fp32(tp, sp, stage, alone):
+    before = Outcome(state=train_native(range(0), model=LLAMA).state, loss_scale=2.0**40)
+    for outcome in run_on_ranks(
+        2, train_fp16_in_groups, tp, sp, range(2), model=LLAMA, zero_stage=stage, go_on_from=before
+    ):
+        assert outcome.applied == [False, False]
+        assert outcome.loss_scale is not None
+        assert outcome.loss_scale < 2.0**40
+    before.loss_scale = 1024.0
+    for outcome in run_on_ranks(
+        2, train_fp16_in_groups, tp, sp, range(5), model=LLAMA, zero_stage=stage, go_on_from=before
+    ):
+        assert outcome.applied == [True] * 5
+        np.testing.assert_allclose(outcome.losses, alone["llama"].losses[:5], rtol=5e-3)
+
+
 def step_above(ranks: Ranks, tp: int, sp: int, stage: int) -> tuple[Any, bool]:
     """A step whose loss is above the limit: its result, and whether all weights are as before."""
     settings = {"kind": "deepspeed", "zero_stage": stage, "tensor_parallel": tp, "sequence_parallel": sp}
@@ -155,6 +188,28 @@ def step_above(ranks: Ranks, tp: int, sp: int, stage: int) -> tuple[Any, bool]:
     rows = 8 // ranks.dp_size
     result = engine.step(batch(0)[ranks.dp_rank * rows : (ranks.dp_rank + 1) * rows], 1e-3, skip_above=1.0)
     return result, all(torch.equal(state["weight"], before[name]) for name, state in engine.export_state())
+
+
+def poisoned_step(ranks: Ranks, before: Outcome, stage: int) -> tuple[Any, bool]:
+    """A step whose gradient is not finite in what one rank has of a layer."""
+    engine = make_engine(arranged(ranks, 2, 1), LLAMA, kind="deepspeed", zero_stage=stage, tensor_parallel=2)
+    restore(engine, before)
+    if ranks.rank == 1:
+        shard = engine._model.layers[0].mlp.gate_up.weight
+        shard.register_hook(lambda gradient: gradient * torch.inf)
+    result = engine.step(batch(0), 1e-3)
+    after = arrays(engine)
+    return result, all(np.array_equal(state["weight"], after[name]["weight"]) for name, state in before.state.items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_on_one_rank_of_a_group_stops_the_update_on_all(stage):
+    before = train_native(range(2), model=LLAMA)
+    for result, unchanged in run_on_ranks(2, poisoned_step, before, stage):
+        assert np.isfinite(result.loss)
+        assert not np.isfinite(result.grad_norm)
+        assert not result.applied
+        assert unchanged
 
 
 @pytest.mark.parametrize(("tp", "sp", "stage"), [(2, 1, 0), (2, 1, 2), (1, 2, 3)])
