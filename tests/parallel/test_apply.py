@@ -93,11 +93,12 @@ def test_ranks_in_groups_train_as_one_process(name, world, groups, alone):
     assert outcome.nats_at_start == pytest.approx(alone[name].nats_at_start, rel=1e-6)
 
 
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
 @pytest.mark.parametrize("groups", [{"tp": 2}, {"sp": 2}], ids=str)
-def test_documents_padding_and_micro_batches_train_alike_in_groups(groups):
+def test_documents_padding_micro_batches_and_checkpointing_train_alike_in_groups(groups, checkpointing):
     how = {"model": LLAMA, "document_end": 7, "padded": True}
     expected = train_native(range(5), **how)
-    settings = {"micro_batch_size": 2, "loss_chunk": 5, "activation_checkpointing": "full", "zero_stage": 2}
+    settings = {"micro_batch_size": 2, "loss_chunk": 5, "activation_checkpointing": checkpointing, "zero_stage": 2}
     assert_close(train_parallel(2, range(5), **groups, **how, **settings), expected)
 
 
@@ -164,14 +165,14 @@ def train_fp16_in_groups(ranks: Ranks, tp: int, sp: int, *args: Any, **settings:
 
 @pytest.mark.parametrize(("tp", "sp", "stage"), [(2, 1, 1), (2, 1, 3), (1, 2, 2)])
 def test_fp16_in_groups_skips_overflows_on_all_ranks_and_follows_fp32(tp, sp, stage, alone):
-    before = Outcome(state=train_native(range(0), model=LLAMA).state, loss_scale=2.0**40)
+    before = Outcome(state=train_native(range(0), model=LLAMA).state, loss_scale=(2.0**40, 0))
     for outcome in run_on_ranks(
         2, train_fp16_in_groups, tp, sp, range(2), model=LLAMA, zero_stage=stage, go_on_from=before
     ):
         assert outcome.applied == [False, False]
         assert outcome.loss_scale is not None
-        assert outcome.loss_scale < 2.0**40
-    before.loss_scale = 1024.0
+        assert outcome.loss_scale[0] < 2.0**40
+    before.loss_scale = (1024.0, 0)
     for outcome in run_on_ranks(
         2, train_fp16_in_groups, tp, sp, range(5), model=LLAMA, zero_stage=stage, go_on_from=before
     ):
