@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00000300/
         weights.safetensors      each parameter in fp32, under its name in the model
         optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, fp32; absent before the first update
-        state.json               where the run stands: phase, samples, steps, learning rate, loss scale
+        state.json               where the run stands: phase, samples, steps, loss scale, its watch over the losses
         lineage.json config.yaml and the tokenizer's file
         manifest.json            size and SHA-256 of each of these files
 
@@ -18,11 +18,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
+from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -32,8 +33,10 @@ from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.engine import Engine
 from megacl.errors import CheckpointError, DivergedError
 from megacl.lineage import Lineage, load_lineage
+from megacl.model.config import STRICT
 from megacl.parallel.ranks import Ranks
 from megacl.publish import publish_folder, sha256_of
+from megacl.stability import Watch
 
 _FORMAT, _VERSION = "megacl-checkpoint", 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -42,6 +45,8 @@ _NAME = re.compile(r"step-(\d{8,})")
 @dataclass(frozen=True, kw_only=True)
 class RunState:
     """Where a run stands. Tokens and phases of earlier runs are in the lineage."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     step: int = 0
     """Optimizer steps of this run: batches taken, whether or not the update was applied."""
@@ -54,6 +59,13 @@ class RunState:
     loss_scale: tuple[float, int] | None = None
     """fp16's factor on the loss, and the updates since it last overflowed."""
     phase_end: bool = False
+    watch: Watch = field(default_factory=Watch)
+    back_to: int | None = None
+    """The step of the checkpoint that the run goes back to where too many updates are skipped: itself, unless it was
+    saved out of turn (the run was told to stop) or amid skipped updates. Null: none was saved in turn yet."""
+
+
+_RUN_STATE = TypeAdapter(RunState)
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,11 @@ class Checkpoint:
     state: RunState
     lineage: Lineage
     config: RunConfig
+
+    def load_into(self, engine: Engine) -> None:
+        """Sets an engine's weights, moments and loss scale. Every rank calls it."""
+        state = self.state
+        engine.import_state(self.load_state(), optimizer_step=state.optimizer_step, loss_scale=state.loss_scale)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with."""
@@ -122,7 +139,7 @@ def save_checkpoint(
     Raises DataError where the disk refuses, DivergedError where a weight is not finite; what was there before stays
     untouched.
     """
-    path = run_dir / "checkpoints" / f"step-{state.step:08d}"
+    path = checkpoint_path(run_dir, state.step)
     state = dataclasses.replace(state, optimizer_step=engine.optimizer_step, loss_scale=engine.loss_scale)
     writes = ranks.rank == 0
     weights: dict[str, torch.Tensor] = {}
@@ -183,9 +200,10 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None  # what it was underneath
 
 
-def prune_checkpoints(run_dir: Path, newest: Path, keep_last: int | None) -> None:
+def prune_checkpoints(run_dir: Path, newest: Path, keep_last: int | None, back_to: int | None) -> None:
     """Deletes all but `newest` and the keep_last - 1 before it of the checkpoints inside phases; ends of phases stay.
 
+    So does the one at step `back_to`, to which the run may go back.
     What lies beyond `newest` or cannot be read is damaged, was passed over, and is left to its owner. None for
     keep_last keeps everything.
     """
@@ -194,6 +212,8 @@ def prune_checkpoints(run_dir: Path, newest: Path, keep_last: int | None) -> Non
     so_far = [path for path in list_checkpoints(run_dir) if _step_of(path) <= _step_of(newest)]
     inside = [path for path in so_far if _ends_phase(path) is False]
     for path in inside[:-keep_last]:
+        if _step_of(path) == back_to:
+            continue
         # Without its manifest it is no checkpoint any more, whatever stays of it: a reader may hold a file on NFS.
         with contextlib.suppress(OSError):
             (path / "manifest.json").unlink()
@@ -209,6 +229,11 @@ def _ends_phase(path: Path) -> bool | None:
 
 
 # ---------------------------------------------------------------------------------------------- finding
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where a run's checkpoint at a step stands, if there is one."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -310,9 +335,8 @@ def _at_place(run_dir: Path, place: str) -> Path:
 
 def _read_state(path: Path) -> RunState:
     try:
-        fields: dict[str, Any] = json.loads((path / "state.json").read_text())
-        return RunState(**fields)
-    except (OSError, ValueError, TypeError) as error:
+        return _RUN_STATE.validate_json((path / "state.json").read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / 'state.json'}: cannot be read: {error}.") from None
 
 

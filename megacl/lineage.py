@@ -184,6 +184,11 @@ class PhaseRecord:
         """Optimizer steps that the phase has in all."""
         return self.budget_samples // self.global_batch_size
 
+    @property
+    def steps_of_change(self) -> tuple[int, ...]:
+        """The steps with which the pieces of its mixture begin: 1, and where the mixture changes."""
+        return tuple(self.step_of_own(piece.first) for piece in self.mixture)
+
     def step_of(self, sample: int) -> int:
         """The step, 1 being the phase's first, whose batch holds the sample."""
         return sample // self.global_batch_size + 1

@@ -197,6 +197,7 @@ def _forgetting_row(run: RecordedRun, row: ForgettingRow, labels: Sequence[str],
 
 def _training(runs: Sequence[RecordedRun]) -> Iterable[str]:
     yield "<section><h2>Training</h2>"
+    yield from _ways_back(runs)
     if len(runs) > 1:
         yield _legend(runs, sources=False)
     yield '<div class="small">'
@@ -205,6 +206,19 @@ def _training(runs: Sequence[RecordedRun]) -> Iterable[str]:
         yield _plot(quantity.column, step_figure(runs, quantity).to_json(), f"{quantity.title} over the tokens seen")
         yield "</div>"
     yield "</div></section>"
+
+
+def _ways_back(runs: Sequence[RecordedRun]) -> Iterable[str]:
+    """A line for each time that a run went back to a checkpoint; its curves have a gap there."""
+    for run in runs:
+        for record in run.went_back:
+            (first, end), to_step = record["passed_over"], record.get("to_step")
+            place = "the model that it started from" if to_step is None else f"step {to_step:,}"
+            line = (
+                f"{run.name} went back from step {record['step']:,} to {place}, and passed over samples {first:,} to "
+                f"{end:,} of phase {record['phase']}."
+            )
+            yield f'<p class="note">{_text(line)}</p>'
 
 
 def _history(runs: Sequence[RecordedRun]) -> Iterable[str]:
@@ -256,6 +270,7 @@ def _lineage_row(phase: PhaseRecord) -> list[str]:
         parts = [f"{each.phase}: {each.samples:,}" for each in phase.replay.from_]
         parts += [f"{each.name}: {each.samples:,}" for each in phase.replay.from_sources]
         replay = f"{phase.replay.share} of samples ({'; '.join(parts)})"
+    passed_over = phase.samples - phase.learned_samples
     kind = str(phase.schedule.get("kind", ""))
     settings = ", ".join(
         f"{key} {value}" for key, value in phase.schedule.items() if key != "kind" and value is not None
@@ -264,7 +279,7 @@ def _lineage_row(phase: PhaseRecord) -> list[str]:
         phase.run,
         phase.name,
         short(phase.tokens),
-        f"{phase.samples:,}",
+        f"{phase.samples:,}" + (f", {passed_over:,} passed over" if passed_over else ""),
         f"{phase.global_batch_size:,} × {phase.seq_length:,}",
         sources,
         replay,

@@ -113,16 +113,23 @@ def step_figure(runs: Sequence[RecordedRun], quantity: Quantity) -> go.Figure:
 def _add_steps(
     figure: go.Figure, run: RecordedRun, column: str, colour: str, *, name: str, number: str, opacity: float
 ) -> None:
-    group = points_per_mean(run)
     figure.add_scatter(
-        x=thinned(run.steps["tokens"], group),
-        y=thinned(run.steps[column], group),
+        x=_by_stretches(run, "tokens"),
+        y=_by_stretches(run, column),
         mode="lines" if len(run.steps["step"]) > 1 else "markers",
         line={"color": colour, "width": 1.25},
         opacity=opacity,
         name=_plain(name),
         hovertemplate=f"%{{y:{number}}}<br>at %{{x:.3~s}} tokens<extra>%{{fullData.name}}</extra>",
     )
+
+
+def _by_stretches(run: RecordedRun, column: str) -> NDArray[np.float64]:
+    """A column of the step records, thinned, with a gap where the run went back and its tokens with it."""
+    ends = np.searchsorted(run.steps["step"], [record["step"] for record in run.went_back], side="right")
+    stretches = np.split(run.steps[column], ends)
+    group, gap = points_per_mean(run), np.array([np.nan])
+    return np.concatenate([part for stretch in stretches for part in (thinned(stretch, group), gap)][:-1])
 
 
 def _of(run: RecordedRun, runs: Sequence[RecordedRun]) -> str:

@@ -30,6 +30,8 @@ class RecordedRun:
     """Of each of STEP_COLUMNS, float64 [steps]: one value an optimizer step, NaN for null."""
     evaluations: list[dict[str, Any]]
     """The records of kind "evaluation", in order; a loss that is not finite is NaN."""
+    went_back: list[dict[str, Any]]
+    """The records of kind "go_back", in order."""
 
     @property
     def sources(self) -> list[str]:
@@ -78,7 +80,7 @@ def read_run(folder: Path, name: str) -> RecordedRun:
         model = load([str(config)]).model
     except ConfigError as error:
         raise CheckpointError(f"{config}: {error}") from None
-    steps, evaluations = _read_metrics(folder / "metrics.jsonl")
+    steps, evaluations, went_back = _read_metrics(folder / "metrics.jsonl")
     return RecordedRun(
         name=name,
         config_text=config.read_text(encoding="utf-8"),
@@ -86,13 +88,15 @@ def read_run(folder: Path, name: str) -> RecordedRun:
         lineage=load_lineage(folder),
         steps={key: np.array([record[key] for record in steps], dtype=np.float64) for key in STEP_COLUMNS},
         evaluations=evaluations,
+        went_back=went_back,
     )
 
 
-def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The step records and the evaluation records of a metrics.jsonl."""
+def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The records of kinds "step", "evaluation" and "go_back" of a metrics.jsonl."""
     steps: list[dict[str, Any]] = []
     evaluations: list[dict[str, Any]] = []
+    went_back: list[dict[str, Any]] = []
     for line, record in enumerate(read_metrics(path), start=1):
         problem = _problem(record)
         if problem:
@@ -102,9 +106,11 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         elif record["kind"] == "evaluation":
             sources = {name: {**result, "loss": _measure(result["loss"])} for name, result in record["sources"].items()}
             evaluations.append({**record, "sources": sources})
+        elif record["kind"] == "go_back":
+            went_back.append(record)
     if not steps:
         raise CheckpointError(f"{path}: it holds no step; wait until the run has taken its first one.")
-    return steps, evaluations
+    return steps, evaluations, went_back
 
 
 def _measure(value: float | None) -> float:
@@ -116,14 +122,18 @@ def _problem(record: Any) -> str | None:
     """What is wrong with a record, or None; records of other kinds are none of a report's business."""
     if not isinstance(record, dict) or "kind" not in record:
         return "is not a record of a run"
-    if record["kind"] not in ("step", "evaluation"):
+    if record["kind"] not in ("step", "evaluation", "go_back"):
         return None
-    for key in ("step", "tokens"):
+    for key in ("step",) if record["kind"] == "go_back" else ("step", "tokens"):
         if not isinstance(record.get(key), int):
             return f"is a record without a whole number {key!r}"
     if record["kind"] == "step":
         missing = next((key for key in STEP_COLUMNS if not _is_measure(record.get(key, ""))), None)
         return f"is a step without a number {missing!r}" if missing else None
+    if record["kind"] == "go_back":
+        passed_over = record.get("passed_over")
+        whole = isinstance(passed_over, list) and [type(edge) for edge in passed_over] == [int, int]
+        return None if whole and "phase" in record else "is a way back without 'phase' and two numbers 'passed_over'"
     if not isinstance(record.get("phase"), str) or not isinstance(record.get("at"), str):
         return "is an evaluation without 'phase' and 'at'"
     sources = record.get("sources")

@@ -2,8 +2,8 @@
 
 What makes a run itself must match what its directory holds: the model, the tokenizer, the data, order, boundaries,
 packing, seed, optimizer, and for every phase that has begun its mixture, replay, batch, budget and schedule. How the
-arithmetic is carried out (engine, ranks, micro batch) and how it is watched (logging, evaluation, checkpoints) may
-change; phases may be appended, and those that have not begun may be edited.
+arithmetic is carried out (engine, ranks, micro batch) and how it is watched (logging, evaluation, checkpoints,
+stability) may change; phases may be appended, and those that have not begun may be edited.
 """
 
 import contextlib

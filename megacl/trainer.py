@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -24,10 +24,12 @@ from megacl.data.loader import Batch, Loader
 from megacl.data.provide import missing_sources, provide_sources
 from megacl.data.source import Source
 from megacl.data.store import wanted_until
+from megacl.data.stream import PhaseStream
 from megacl.engine import Engine, build_engine
 from megacl.errors import DataError, DivergedError, MegaclError, StoppedError
 from megacl.evaluate import EvaluationStopped, evaluate_sources, sources_of
-from megacl.lineage import save_lineage
+from megacl.guard import Guard
+from megacl.lineage import pass_over, save_lineage
 from megacl.log import RunLog, table_text
 from megacl.model.gpt import build_model, count_parameters, flops_per_token
 from megacl.optimizer import decayed_part
@@ -44,8 +46,6 @@ _STOPPED_EARLY = "told to stop before training began; the same command goes on"
 
 _LOOK = 0.5
 """Seconds between two looks at what other ranks and signals say, while a rank waits for its next batch."""
-_MAX_SKIPPED = 20
-"""Updates in a row that fp16 may skip: by then its loss scale is a millionth of what it was."""
 
 
 def train(config: RunConfig, *, resume: bool = True) -> Outcome:
@@ -135,7 +135,8 @@ class _Run:
         self.step = checkpoint.state.step if checkpoint else 0
         self.last_good = checkpoint.path if checkpoint else None
         self.unsaved: RunState | None = None  # where the run stands, if no checkpoint stands there
-        self.skipped = 0
+        fp16 = self.config.engine.precision == "fp16"
+        self.guard = Guard(self.config.stability, run_dir, found.origin, ranks, log, fp16=fp16)
         self.total_steps = total_steps
         self.alarmed = False
         with ranks.together():
@@ -156,9 +157,7 @@ class _Run:
             self.log.say(f"  {line}")
         loaded = origin.checkpoint or origin.parent
         if loaded is not None:
-            self.engine.import_state(
-                loaded.load_state(), optimizer_step=loaded.state.optimizer_step, loss_scale=loaded.state.loss_scale
-            )
+            loaded.load_into(self.engine)
         with self.ranks.together():
             self.log.keep_until(self.step if origin.checkpoint else -1)
             self._publish_lineage()
@@ -229,7 +228,6 @@ class _Run:
         loader.load_state_dict({"samples": samples})
         schedule = schedule_of(config, phase, stream.record.start_lr, stream.record.budget_steps)
         highest = peak(phase.schedule, last_lr=stream.record.start_lr)
-        before = self.lineage.tokens - self.lineage.phases[-1].tokens
         began, waited = time.perf_counter(), 0.0
         with loader.reading() as poll:
             while samples < stream.record.budget_samples:
@@ -238,21 +236,17 @@ class _Run:
                 batch, targets = found
                 samples = batch.first_sample + batch_size
                 self._step(
-                    phase,
-                    batch.tokens,
+                    index,
+                    stream,
+                    batch,
                     lr := schedule(samples // batch_size),
                     weight_decay=decayed_part(config.optimizer, lr=lr, peak=highest),
-                    samples=samples,
-                    tokens_seen=before + samples * stream.seq_length,
                     targets=targets if stream.padded else None,
                     waited=loader.waited - waited,
                 )
                 waited = loader.waited
-                self.lineage = self.lineage.with_phase(stream.seen(samples, lr))
                 ended = samples == stream.record.budget_samples
-                self.unsaved = RunState(step=self.step, phase=index, samples=samples, phase_end=ended)
-                if ended or _due(self.step, config.checkpoint.every_steps):
-                    self._save()
+                self._keep(index, stream, ended=ended)
                 try:
                     self._evaluate_if_due(phase, self.evaluated, ended=ended)
                 except EvaluationStopped:
@@ -302,31 +296,34 @@ class _Run:
 
     def _step(
         self,
-        phase: PhaseConfig,
-        tokens: Any,
+        index: int,
+        stream: PhaseStream,
+        batch: Batch,
         lr: float,
         *,
         weight_decay: float | None,
-        samples: int,
-        tokens_seen: int,
         targets: int | None,
         waited: float,
     ) -> None:
+        """Takes one step, and counts and records what came of it. Raises DivergedError where the run cannot go on."""
+        config, phase, record = self.config, self.config.phases[index], self.lineage.phases[-1]
         start = time.perf_counter()
         monitor = _due(self.step + 1, self.config.logging.monitor_every_steps)
-        result = self.engine.step(tokens, lr, targets=targets, weight_decay=weight_decay, monitor=monitor)
+        result = self.engine.step(
+            batch.tokens,
+            lr,
+            targets=targets,
+            weight_decay=weight_decay,
+            skip_above=self.guard.threshold(record),
+            monitor=monitor,
+        )
         seconds = time.perf_counter() - start
         self.step += 1
-        config = self.config
-        # An overflow in fp16 lowers the loss scale and costs a batch; many in a row are no matter of the scale.
-        self.skipped = 0 if result.applied else self.skipped + 1
-        tolerated = _MAX_SKIPPED if config.engine.precision == "fp16" else 0
-        if not math.isfinite(result.loss) or self.skipped > tolerated:
-            what = "loss" if not math.isfinite(result.loss) else "gradient"
-            raise DivergedError(
-                f"step {self.step}: the {what} is not finite, and the update was not made; {self._last_good()}. "
-                "Lower max_lr or lengthen the warm-up in a new run_dir, or look at the batch's data."
-            )
+        self.guard.judge(result, self.step, self._last_good())
+        samples, passed_over = batch.first_sample + record.global_batch_size, record.passed_over
+        if not result.applied:
+            passed_over = pass_over(passed_over, batch.first_sample, samples)
+        self.lineage = self.lineage.with_phase(stream.seen(samples, lr, passed_over))
         rate = config.tokens_per_step(phase) / seconds
         flops = rate * flops_per_token(config.model, config.seq_length_of(phase))
         self.log.record(
@@ -334,12 +331,13 @@ class _Run:
             step=self.step,
             phase=phase.name,
             samples=samples,
-            tokens=tokens_seen,
+            tokens=self.lineage.tokens,
             loss=result.loss,
             lr=lr,
             grad_norm=result.grad_norm,
             log_z=result.log_z,
             applied=result.applied,
+            updates=sum(each.updates for each in self.lineage.phases[-1 - index :]),
             seconds=seconds,
             waited=waited,
             tokens_per_second=rate,
@@ -391,6 +389,25 @@ class _Run:
     def _last_good(self) -> str:
         return f"the last checkpoint is {self.last_good}" if self.last_good else "no checkpoint was saved yet"
 
+    def _keep(self, index: int, stream: PhaseStream, *, ended: bool) -> None:
+        """Goes back to a checkpoint if it must, notes where the run stands after a step, and saves that if due."""
+        save = ended or _due(self.step, self.config.checkpoint.every_steps)
+        if self.guard.has_given_up:
+            record = self.guard.go_back(self.engine, stream, self.lineage.phases[-1], self.step)
+            self.lineage, save = self.lineage.with_phase(record), True
+        if save and (ended or not self.guard.watch.skipped):  # amid skipped ones, there is nothing to go back to
+            self.guard.back_to = self.step
+        self.unsaved = RunState(
+            step=self.step,
+            phase=index,
+            samples=self.lineage.phases[-1].samples,
+            phase_end=ended,
+            watch=self.guard.watch,
+            back_to=self.guard.back_to,
+        )
+        if save:
+            self._save()
+
     def _save(self) -> None:
         """Saves the last step that was made, where no checkpoint stands there yet."""
         if self.unsaved is None:
@@ -408,7 +425,7 @@ class _Run:
         with self.ranks.together():
             self._publish_lineage()
             if self.ranks.rank == 0:
-                prune_checkpoints(self.run_dir, self.last_good, self.config.checkpoint.keep_last)
+                prune_checkpoints(self.run_dir, self.last_good, self.config.checkpoint.keep_last, self.guard.back_to)
 
 
 def _due(step: int, every: int | None) -> bool:

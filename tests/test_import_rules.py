@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megacl"
 # A package that stands here as a whole (kernels, parallel, convert) speaks for the modules inside it.
 LEVELS = [
     "megacl errors publish stopping config config_phase configfile data.__init__ model.__init__ model.config",
-    "log schedules lineage kernels parallel "
+    "log schedules lineage stability kernels parallel "
     "data.manifest data.shard_list "
     "data.store data.shards data.source data.verify data.inputs data.forms data.documents data.megatron "
     "data.portions data.workers data.boundaries data.units data.tokenizer data.tokenizer_training data.order",
@@ -27,7 +27,7 @@ LEVELS = [
     "model.layers model.checkpointing model.gpt optimizer activations",
     "engine engine.base engine.native engine.zero engine.adapter engine.monitors engine.arithmetic engine.loss_scale "
     "engine.replicas checkpoint parallel.apply",
-    "convert evaluate predict memory zero_memory plan plan_memory sample resume history saw",
+    "convert evaluate predict memory zero_memory plan plan_memory sample resume history saw guard",
     "trainer",
     "release report report_run report_plots slurm",
     "study",

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -69,6 +70,30 @@ def test_the_forgetting_table_has_the_losses_at_each_phases_end(tmp_path):
         ["english", "8.000", "5.000", "5.125", "+0.125", "+2.875", "512.5", "2.000"],
         ["german", "8.250", "7.500", "5.500", "+0.000", "+2.750", "550.0", "2.000"],
     ]
+
+
+def went_back(folder):
+    """A run of six steps that went back from step 3, whose update was skipped, to step 1."""
+    records = [
+        step(number, phase="english", tokens=TOKENS_PER_STEP * learned, applied=number != 3)
+        for number, learned in enumerate([1, 2, 2, 2, 3, 4], 1)
+    ]
+    back = {"kind": "go_back", "step": 3, "phase": "english", "to_step": 1, "passed_over": [32, 96]}
+    whole = phase("run", "english", 6, {"english": 1.0})
+    return write_run(
+        folder,
+        [replace(whole, passed_over=((32, 96),), tokens=4 * TOKENS_PER_STEP)],
+        [*records[:3], back, *records[3:]],
+    )
+
+
+def test_where_a_run_went_back_is_said_and_its_curves_have_a_gap_there(tmp_path):
+    page = Page(render_report([went_back(tmp_path / "run")]))
+    line = "run went back from step 3 to step 1, and passed over samples 32 to 96 of phase english."
+    assert line in page.words
+    tokens = values(page.figures["figure-loss"]["data"][0]["x"])
+    np.testing.assert_array_equal(tokens, np.multiply([1, 2, 2, np.nan, 2, 3, 4], TOKENS_PER_STEP))
+    assert "192, 64 passed over" in page.tables[-1][1]
 
 
 def test_one_run_is_summed_up_in_a_line(tmp_path):
@@ -241,6 +266,7 @@ def test_a_last_line_that_a_crash_tore_is_left_out(tmp_path):
         ('{"step": 1}', "line 3 is not a record"),
         ('{"kind": "step", "step": 3}', "line 3 is a record without a whole number 'tokens'"),
         ('{"kind": "step", "step": 3, "tokens": 9}', "line 3 is a step without a number 'loss'"),
+        ('{"kind": "go_back", "step": 3, "phase": "a"}', "line 3 is a way back without 'phase' and two numbers"),
         ('{"kind": "evaluation", "step": 3, "tokens": 9}', "line 3 is an evaluation without 'phase'"),
         (
             '{"kind": "evaluation", "step": 3, "tokens": 9, "phase": "a", "at": "end", "sources": {"english": {}}}',

@@ -10,6 +10,8 @@ Written against DeepSpeed 0.19, whose inner parts it leans on where the public f
 - At stage 3 the functions that write a whole parameter fail where its size does not divide by the ranks; each rank
   writes its own padded slice instead.
 - Writing the fp32 master of a parameter leaves the module's own copy as it was until the next step; both are written.
+- Setting the parameters' gradients to zero leaves those that stages 1 to 3 have gathered, and the next step adds to
+  them; they are dropped as each stage itself does after an overflow.
 """
 
 import contextlib
@@ -285,6 +287,25 @@ def set_loss_scale(engine: Any, value: float, since_overflow: int) -> None:
     """Goes on with what `loss_scale` gave."""
     scaler = engine.optimizer.loss_scaler
     scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = value, since_overflow, -1
+
+
+def drop_gradient(engine: Any) -> None:
+    """Forgets the gradient of the step under way, whose update is not to be made; fp16's loss scale stays."""
+    zero = _zero_optimizer(engine)
+    if zero is None:
+        engine.zero_grad()
+    elif hasattr(zero, "_overflow_clean_up"):  # stage 3
+        zero._pre_step()
+        zero._overflow_clean_up(zero.loss_scale)
+    else:
+        zero.zero_grad()
+        if hasattr(zero, "averaged_gradients"):  # stages 1 and 2; in bf16, stage 1 is done
+            zero.micro_step_id = -1
+            zero._release_preflattened_grad_buffers()
+            for group in zero.averaged_gradients:
+                zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
+            if zero.cpu_offload:
+                zero.reset_cpu_buffers()
 
 
 def _zero_optimizer(engine: Any) -> Any:

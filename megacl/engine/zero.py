@@ -75,13 +75,13 @@ class DeepSpeedEngine(Engine):
         loss, log_z = float(mean[0]), math.sqrt(mean[1])
         if loss > skip_above:
             norm = float(_norm(self._model, self._ranks)) if self._config.zero_stage == 0 else math.nan
-            self._deepspeed.zero_grad()
+            adapter.drop_gradient(self._deepspeed)
             return StepResult(loss, norm, applied=False, log_z=log_z)
         if self._config.zero_stage == 0:
             # DeepSpeed clips here, but does not say to what, and would step with a gradient that is not finite.
             norm = float(_norm(self._model, self._ranks))
             if not math.isfinite(norm):
-                self._deepspeed.zero_grad()
+                adapter.drop_gradient(self._deepspeed)
                 return StepResult(loss, norm, applied=False, log_z=log_z)
             self._deepspeed.step()
             return StepResult(loss, norm, applied=True, log_z=log_z)
