@@ -225,6 +225,34 @@ def test_zero_stage_0_in_low_precision_names_the_stage_that_works(base: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (
+            "{offload_optimizer: true}",
+            "engine.offload_optimizer is set with engine.kind native, which has one device; ",
+        ),
+        ("{compare_replicas_every: 9}", "engine.compare_replicas_every is set with engine.kind native"),
+        (
+            "{kind: deepspeed, zero_stage: 0, offload_optimizer: true}",
+            "engine.offload_optimizer is true with engine.zero",
+        ),
+        (
+            "{activation_checkpointing: [0, 2]}",
+            "engine.activation_checkpointing names layer 2; the model has layers 0 to 1",
+        ),
+    ],
+)
+def test_engine_settings_that_do_not_fit_are_refused_in_one_line(base: str, engine: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load([base], [f"engine={engine}", "model.num_layers=2"])
+    assert str(refused.value).startswith(message)
+
+
+def test_tf32_needs_no_zero_stage_of_its_own(base: str) -> None:
+    assert load([base], ["engine={kind: deepspeed, zero_stage: 0, precision: tf32}"]).engine.precision == "tf32"
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("a: 1\na: 2\n", r"line 1 the key 'a' stands twice"),

@@ -1,16 +1,25 @@
 """Settings that save memory: they change where things are kept and what is computed twice, and no loss."""
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 
+from megacl.parallel.ranks import Ranks
 from tests.parallel.test_apply import LLAMA as PARALLEL
 from tests.parallel.test_apply import train_parallel
 from tests.ranks import run_on_ranks
 from tests.test_engine import (
     LLAMA,
     NEOX,
+    ROWS,
     Outcome,
+    State,
+    arrays,
     assert_close,
+    batch,
+    make_engine,
     poisoned_step,
     train_native,
     train_zero,
@@ -66,6 +75,33 @@ def test_an_optimizer_on_the_host_steps_bf16_weights(stage):
     host = train_zero(stage, range(5), precision="bf16", micro_batch_size=2, offload_optimizer=True)
     np.testing.assert_allclose(host.losses, here.losses, rtol=2e-3)
     assert host.optimizer_step == 5
+
+
+# ------------------------------------------------------------------------------------------------ skipped updates
+
+
+def train_past_one(ranks: Ranks, skipped: bool, **settings: Any) -> tuple[list[bool], State]:
+    """Two updates, with one between them whose loss is above what is borne, or without."""
+    engine = make_engine(ranks, micro_batch_size=2, **settings)
+    rows = ROWS // ranks.world_size
+    mine = slice(ranks.rank * rows, (ranks.rank + 1) * rows)
+    applied = []
+    for step, bearable in ((0, math.inf), (1, 0.0), (2, math.inf)):
+        if skipped or bearable:
+            applied.append(engine.step(batch(step)[mine], 1e-3, skip_above=bearable).applied)
+    return applied, arrays(engine)
+
+
+@pytest.mark.parametrize("settings", [{}, {"offload_optimizer": True}, {"precision": "bf16"}], ids=str)
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
+def test_nothing_is_left_of_an_update_that_was_skipped(stage, settings):
+    if stage is None:
+        runs = [train_past_one(Ranks(), skipped) for skipped in (True, False)]
+    else:
+        zero = {"kind": "deepspeed", "zero_stage": stage, **(settings if stage else {})}
+        runs = [run_on_ranks(2, train_past_one, skipped, **zero)[0] for skipped in (True, False)]
+    assert runs[0][0] == [True, False, True]
+    np.testing.assert_equal(runs[0][1], runs[1][1])
 
 
 # ---------------------------------------------------------------------------------------- activation checkpointing
