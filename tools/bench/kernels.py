@@ -3,7 +3,8 @@
     python tools/bench/kernels.py                      # shapes as the CPU or GPU here makes sense of
     python tools/bench/kernels.py --tokens 512 --hidden 64 --vocab 1000 --compiled --repeats 5
 
-Implementations take turns, and each line has the least time of all turns. An op that only moves memory has the bytes
+Implementations take turns, and each line has the least time of all turns; with one thread (OMP_NUM_THREADS=1) of a CPU
+that is the process's own time, which other processes lengthen less. An op that only moves memory has the bytes
 that it must move, read and written once each, a second, and their share of the machine's copy bandwidth; one that
 multiplies has its products' floating-point operations a second and their share of the machine's rate for a product.
 `kept` is what stays in memory for backward, parameters aside. --compiled adds torch.compile of the reference; on a GPU
@@ -181,7 +182,7 @@ def _flushed() -> Tensor:
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
-    """Of one call; on a GPU with nothing of its inputs in the cache."""
+    """Of one call; on a GPU with nothing of its inputs in the cache, on one thread of a CPU without waiting for it."""
     if device == "cuda":
         _flushed().zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -190,9 +191,10 @@ def seconds(run: Callable[[], Any], device: str) -> float:
         end.record()
         torch.cuda.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
-    begun = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begun = clock()
     run()
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def least(runs: dict[Any, Callable[[], Any]], repeats: int, device: str) -> dict[Any, float]:
