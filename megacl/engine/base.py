@@ -130,15 +130,16 @@ class Engine(ABC):
         """The largest of attention's logits in each layer, [layers], over one row of T + 1 tokens."""
         largest: list[Tensor] = []
         as_written = torch.compiler.set_stance("force_eager") if self._config.compile else contextlib.nullcontext()
-        attentions = [module for module in self._model.modules() if isinstance(module, Attention)]
+        attentions = {module: module.ops for module in self._model.modules() if isinstance(module, Attention)}
         for attention in attentions:
             attention.ops = parallel_kernels(watched(self._ops, largest), self._ranks)
+        self._forward.eval()
         try:
             with self._autocast(), as_written:
                 self._forward(*self._inputs_and_targets(row_1T, padded))
         finally:
-            for attention in attentions:
-                attention.ops = self.kernels
+            for attention, ops in attentions.items():
+                attention.ops = ops
         return torch.stack(largest)
 
     def _watched_update(self, sums: Tensor, skip_above: float, logits: Tensor) -> StepResult:
