@@ -9,7 +9,7 @@ far as it was written to, since only that is resident; on a GPU it counts whole.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megacl.config import EngineConfig
 from megacl.engine.adapter import BUCKET
@@ -73,10 +73,13 @@ def held_by(engine: EngineConfig, *, weights: int, largest: int, ranks: int, acc
         ranks=ranks,
         accumulates=accumulates,
         on_cpu=device == "cpu",
+        offloads=engine.offload_optimizer,
     )
     if engine.zero_stage == 1 and engine.precision == "bf16":
-        return zero.stage_1_bf16()
-    return {1: zero.stage_1, 2: zero.stage_2, 3: zero.stage_3}[engine.zero_stage]()
+        held = zero.stage_1_bf16()
+    else:
+        held = {1: zero.stage_1, 2: zero.stage_2, 3: zero.stage_3}[engine.zero_stage]()
+    return zero.offloaded(held) if engine.offload_optimizer else held
 
 
 def _whole(weights: int, *, accumulates: bool, sending: int) -> Held:
@@ -106,11 +109,17 @@ class _Zero:
     ranks: int
     accumulates: bool
     on_cpu: bool
+    offloads: bool
 
     @property
     def shard(self) -> int:
         """Bytes of a rank's shard in fp32: of masters, of a moment, of gradients that were added up."""
         return -(-FP32 * self.weights // self.ranks)
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the shard of gradients that were added up, where they do not go to the host."""
+        return 0 if self.offloads else self.shard
 
     @property
     def whole(self) -> int:
@@ -122,34 +131,41 @@ class _Zero:
         size = self.bytes * BUCKET
         return min(filled, size) if self.on_cpu else size
 
+    def sent(self, elements: int) -> int:
+        """Bytes of the copy of a bucket that is sent: in fp32, beside one in 16 bits where gradients come in those."""
+        return elements * (FP32 if self.bytes == FP32 else FP32 + self.bytes)
+
     def stage_1(self) -> Held:
-        """Sharded masters and moments. Gradients come whole; behind the last backward pass they are added up."""
+        """Sharded masters and moments. Gradients come whole and are added up in fp32; behind the last backward pass
+        they are sent."""
+        size = FP32 * self.weights
 
         def arriving(before: int, own: int) -> Gradients:
             if self.accumulates:
-                return Gradients(self.whole, 0, own)
-            return Gradients(before + own)
+                return Gradients(size, 0, own)
+            return Gradients(FP32 * (before + own) // self.bytes, 0, 0 if self.bytes == FP32 else own)
 
         return Held(
             parameters=self.whole,
             optimizer=3 * self.shard,
             arriving=arriving,
-            endings={"reduction": self._reduction(), **self._update(copies=self.shard)},
-            between=self.whole if self.accumulates else 0,
+            endings={"reduction": self._reduction(size), **self._update(copies=self.kept)},
+            between=size if self.accumulates else 0,
         )
 
-    def _reduction(self) -> Gradients:
-        """All gradients go through the bucket; what is sent is one more copy. Then this rank's shard is left."""
+    def _reduction(self, size: int) -> Gradients:
+        """All gradients, `size` bytes, go through a bucket of fp32; what is sent is one more copy. Then this rank's
+        shard is left."""
         if self.weights <= BUCKET:
-            return Gradients(0, self.bucket(self.whole) + self.whole)
-        return Gradients(self.whole + self.shard, self.bucket(0))
+            return Gradients(0, (size if self.on_cpu else FP32 * BUCKET) + size)
+        return Gradients(size + self.kept, 0 if self.on_cpu else FP32 * BUCKET)
 
     def _update(self, *, copies: int) -> dict[str, Gradients]:
         """The shard of gradients; for its norm each part in fp64, then a copy laid end to end. Then all parameters
         come from the ranks that have updated them, for which gloo takes a buffer."""
         norm = 2 * FP32 * min(self.largest, -(-self.weights // self.ranks))
         gloo = self.whole if self.on_cpu and self.ranks > 1 else 0
-        return {"update": Gradients(self.shard, 0, max(norm, copies)), "gathering": Gradients(0, gloo)}
+        return {"update": Gradients(self.kept, 0, max(norm, copies)), "gathering": Gradients(0, gloo)}
 
     def stage_1_bf16(self) -> Held:
         """DeepSpeed has another optimizer for it: it keeps whole gradients in fp32, and sends a copy of them."""
@@ -158,30 +174,30 @@ class _Zero:
             parameters=self.whole,
             optimizer=3 * self.shard,
             arriving=lambda before, own: Gradients(size + before + own),
-            endings={"update": Gradients(size + self.whole, size + self.whole)},
+            endings={"update": Gradients(size + self.whole, size)},
             between=size,
         )
 
     def stage_2(self) -> Held:
         """Gradients are sent as they come, and this rank's shard of them is kept, from the first bucket on."""
-        earlier = self.shard if self.accumulates else 0
+        earlier = self.kept if self.accumulates else 0
 
         def arriving(before: int, own: int) -> Gradients:
             sent = before + own > self.bytes * BUCKET
-            kept = earlier + (self.shard if sent else 0)
-            copy = self.bytes * BUCKET if sent else 0
+            kept = earlier + (self.kept if sent else 0)
+            copy = self.sent(BUCKET) if sent else 0
             return Gradients(kept, self.bucket(before + own) + copy, own)
 
-        copies = self.shard if self.bytes == FP32 else 0
-        last = self.bytes * min(self.weights, BUCKET)
+        copies = self.kept if self.bytes == FP32 else 0
+        last = min(self.weights, BUCKET)
         # In fp32 a shard that was sent in one bucket is made when the copy that was sent is gone.
-        shard = 0 if self.bytes == FP32 and self.weights <= BUCKET else self.shard
+        shard = 0 if self.bytes == FP32 and self.weights <= BUCKET else self.kept
         return Held(
             parameters=self.whole,
             optimizer=3 * self.shard,
             arriving=arriving,
             endings={
-                "reduction": Gradients(earlier + shard, self.bucket(last) + last),
+                "reduction": Gradients(earlier + shard, self.bucket(self.bytes * last) + self.sent(last)),
                 **self._update(copies=copies),
             },
             between=earlier,
@@ -193,20 +209,33 @@ class _Zero:
         ahead = self.bytes * min(self.weights, _PREFETCH) if self.ranks > 1 else 0
 
         def arriving(before: int, own: int) -> Gradients:
-            sent = min(before + own, self.bytes * BUCKET)
-            copies = (2 if self.on_cpu else 1) * sent if before + own > self.bytes * BUCKET else 0
-            return Gradients(self.shard, self.bucket(sent) + copies, own)
+            filled = min(before + own, self.bytes * BUCKET)
+            copies = self._scattered(BUCKET) if before + own > self.bytes * BUCKET else 0
+            return Gradients(self.kept, self.bucket(filled) + copies, own)
 
-        last = self.bytes * min(self.weights, BUCKET)
+        last = min(self.weights, BUCKET)
         return Held(
             parameters=-(-self.whole // self.ranks),
             optimizer=(2 if self.bytes == FP32 else 3) * self.shard,
             arriving=arriving,
             endings={
-                "reduction": Gradients(self.shard, self.bucket(last) + (2 if self.on_cpu else 1) * last),
-                "update": Gradients(self.shard, self.bucket(0), self.shard),
+                "reduction": Gradients(self.kept, self.bucket(self.bytes * last) + self._scattered(last)),
+                "update": Gradients(self.kept, self.bucket(0), self.kept),
             },
             gathered=live,
             gathering=ahead + (ahead if self.on_cpu else 0),
-            between=self.shard + self.bucket(0),
+            between=self.kept + self.bucket(0),
         )
+
+    def _scattered(self, elements: int) -> int:
+        """Bytes of the copies of a bucket whose shards go to their ranks; gloo makes one more."""
+        return self.sent(elements) + (FP32 * elements if self.on_cpu else 0)
+
+    def offloaded(self, held: Held) -> Held:
+        """Masters, moments and gradients on the host, which also has a copy of the shard in the parameters' dtype; on
+        the device two buffers of the largest gradient."""
+        host = (3 + 1 + self.accumulates) * self.shard + self.whole // self.ranks
+        buffers = 2 * self.bytes * self.largest
+        if self.on_cpu:  # the host is the device
+            return replace(held, optimizer=host + buffers)
+        return replace(held, optimizer=0, host=host, gathered=held.gathered + buffers)

@@ -1,6 +1,7 @@
 """Peak memory of training steps beside what megacl.memory says they take.
 
     python tools/bench/memory.py            # each case measured in fresh processes, a table of both and their ratio
+    python tools/bench/memory.py --table    # docs/parallelism.md's table: estimates for GPUs, nothing is measured
     python tools/bench/memory.py --case '{"model": {...}, "engine": {...}, "seq_length": 256, "micro_batch_size": 8}'
 
 On a CPU it is resident memory: the highest value (VmHWM) that a process reaches while it builds a model and takes three
@@ -135,35 +136,99 @@ def estimated(case: Case) -> tuple[int, str]:
 
 
 def cases() -> list[Case]:
-    """Forms, checkpointing, vocabularies and batches, for each engine and stage."""
+    """Forms, checkpointing, vocabularies and batches on one rank; then each ZeRO stage on one and on two."""
     llama = {**MODEL, "form": "llama", "num_kv_heads": 2, "intermediate_size": 1024}
+    wide = {**MODEL, "vocab_size": 50304}
     found = []
-    for model in (MODEL, llama, {**MODEL, "vocab_size": 50304}, {**MODEL, "vocab_size": 50304, "tie_embeddings": True}):
-        for checkpointing in ("none", "full"):
+    for model in (MODEL, llama, wide, {**wide, "tie_embeddings": True}):
+        for checkpointing in ("none", "selective", "full"):
             for rows in (2, 16):
                 found.append(Case(model, {"activation_checkpointing": checkpointing}, micro_batch_size=rows))
-        found.append(Case(model, {}, micro_batch_size=4, micro_batches=2))
+        found.append(Case(model, micro_batch_size=4, micro_batches=2))
+    for ranks in (1, 2):
+        for stage in (0, 1, 2, 3):
+            for model in (MODEL, wide):
+                engine: dict[str, Any] = {"kind": "deepspeed", "zero_stage": stage}
+                found.append(Case(model, engine, micro_batch_size=4, ranks=ranks))
+    offloaded: dict[str, Any] = {"kind": "deepspeed", "zero_stage": 2, "offload_optimizer": True}
+    tensor_parallel: dict[str, Any] = {"kind": "deepspeed", "zero_stage": 1, "tensor_parallel": 2}
+    sequence_parallel: dict[str, Any] = {"kind": "deepspeed", "zero_stage": 1, "sequence_parallel": 2}
+    for engine in (offloaded, tensor_parallel, sequence_parallel):
+        found.append(Case(MODEL, engine, micro_batch_size=16, ranks=2))
     return found
 
 
 def table() -> None:
-    """Measures each case and prints it beside its estimate."""
-    print(
-        "form      vocabulary  tied  engine      stage  ranks  checkpointing  sequences  "
-        "  estimate    measured  ratio  peak"
-    )
+    """Measures each case and prints it beside its estimate, in Markdown."""
+    print("| model | engine | ranks | sequences | estimate, MB | measured, MB | ratio | peak |")
+    print("|---|---|---|---|---|---|---|---|")
     for case in cases():
         said, when = estimated(case)
         found = measure(case)
-        engine = case.engine.get("kind", "native")
+        model = f"{case.model.get('form', 'gpt_neox')}, {case.model['vocab_size']}"
+        model += ", tied" if case.model.get("tie_embeddings") else ""
+        engine = ", ".join(f"{key}={value}" for key, value in case.engine.items()) or "native"
+        batch = f"{case.micro_batches} x {case.micro_batch_size}"
         print(
-            f"{case.model.get('form', 'gpt_neox'):8}  {case.model['vocab_size']:10}  "
-            f"{'yes' if case.model.get('tie_embeddings') else 'no':4}  {engine:10}  "
-            f"{case.engine.get('zero_stage', '-'):>5}  {case.ranks:5}  "
-            f"{case.engine.get('activation_checkpointing', 'none'):13}  "
-            f"{case.micro_batches} x {case.micro_batch_size:5}  {said / 1e6:7.1f} MB  {found / 1e6:7.1f} MB  "
-            f"{said / found:5.3f}  {when}",
+            f"| {model} | {engine} | {case.ranks} | {batch} | {said / 1e6:.1f} | {found / 1e6:.1f} | "
+            f"{said / found:.3f} | {when} |",
             flush=True,
+        )
+
+
+SEQUENCE = 2048
+PLANS: list[tuple[str, int, str, int]] = [
+    ("405m", 1, "", 8),
+    ("405m", 1, "", 16),
+    ("405m", 1, "activation_checkpointing=selective", 16),
+    ("405m", 1, "activation_checkpointing=full", 32),
+    ("1b", 1, "", 4),
+    ("1b", 1, "activation_checkpointing=selective", 8),
+    ("1b", 1, "activation_checkpointing=full", 16),
+    ("1b", 8, "kind=deepspeed zero_stage=2", 16),
+    ("llama-1b", 8, "kind=deepspeed zero_stage=2", 8),
+    ("llama-8b", 8, "kind=deepspeed zero_stage=2 activation_checkpointing=full", 2),
+    ("llama-8b", 8, "kind=deepspeed zero_stage=3 activation_checkpointing=full", 8),
+    ("llama-8b", 16, "kind=deepspeed zero_stage=3 activation_checkpointing=selective", 2),
+    ("llama-8b", 64, "kind=deepspeed zero_stage=2 activation_checkpointing=selective", 4),
+    ("10b", 8, "kind=deepspeed zero_stage=2 offload_optimizer=true activation_checkpointing=full", 2),
+    ("10b", 8, "kind=deepspeed zero_stage=3 activation_checkpointing=full", 4),
+    ("10b", 16, "kind=deepspeed zero_stage=3 activation_checkpointing=full", 8),
+    ("10b", 64, "kind=deepspeed zero_stage=2 activation_checkpointing=full", 4),
+    ("10b", 64, "kind=deepspeed zero_stage=2 tensor_parallel=2 activation_checkpointing=full", 8),
+    ("10b", 64, "kind=deepspeed zero_stage=2 tensor_parallel=4 activation_checkpointing=selective", 8),
+    ("10b", 64, "kind=deepspeed zero_stage=2 tensor_parallel=4", 4),
+    ("10b", 64, "kind=deepspeed zero_stage=3 activation_checkpointing=selective", 4),
+]
+"""Model, GPUs, engine settings beside precision=bf16, and sequences of a micro batch, of SEQUENCE tokens."""
+CARDS = (40, 80)
+"""GB of GPU memory; a tenth of it is left to CUDA's context, to libraries and to what the allocator cannot use."""
+
+
+def plans() -> None:
+    """Prints what each of PLANS takes on a GPU, and which card it fits, in Markdown."""
+    from pydantic import TypeAdapter
+
+    from megacl.config import EngineConfig
+    from megacl.configfile import load_tree
+    from megacl.memory import estimate_memory
+    from megacl.model.config import ModelConfig
+
+    print("| model | GPUs | engine | sequences | weights | optimizer | at most, GB | when | fits |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, gpus, settings, rows in PLANS:
+        model = TypeAdapter(ModelConfig).validate_python(load_tree([f"model/{name}.yaml"])["model"])
+        tree = load_tree([], [f"engine.{setting}" for setting in settings.split()])
+        engine = TypeAdapter(EngineConfig).validate_python({"precision": "bf16", **tree.get("engine", {})})
+        found = estimate_memory(
+            model, engine, seq_length=SEQUENCE, micro_batch_size=rows, micro_batches=2, ranks=gpus, device="cuda"
+        )
+        peak = found.peak
+        fits = next((f"{card} GB" for card in CARDS if peak.total <= 0.9e9 * card), "-")
+        host = f" (and {found.host / 1e9:.0f} on the host)" if found.host else ""
+        print(
+            f"| {name} | {gpus} | {settings.replace(' ', ', ') or 'native'} | {rows} | {peak.parameters / 1e9:.1f} | "
+            f"{peak.optimizer / 1e9:.1f}{host} | {peak.total / 1e9:.1f} | {peak.when} | {fits} |"
         )
 
 
@@ -171,10 +236,13 @@ def main() -> None:
     """Prints the table, one case of it, or what this process measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", help="one case, as JSON: estimate and measurement in bytes")
+    parser.add_argument("--table", action="store_true", help="estimates for models on GPUs, without measuring")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure:
         print(run_case(Case(**json.loads(asked.measure))))
+    elif asked.table:
+        plans()
     elif asked.case:
         case = Case(**json.loads(asked.case))
         print(estimated(case)[0], measure(case))
