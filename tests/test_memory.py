@@ -136,17 +136,39 @@ def test_a_step_in_sixteen_bits_allocates_what_was_estimated(form, shape, checkp
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def beside_resident_memory(**case: Any) -> tuple[int, int]:
-    """(estimate, measurement) in bytes, of fresh processes."""
-    command = [sys.executable, "tools/bench/memory.py", "--case", json.dumps(case)]
+def benchmark(*arguments: str) -> str:
+    """What tools/bench/memory.py prints."""
+    command = [sys.executable, "tools/bench/memory.py", *arguments]
     here = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY, env=here, timeout=300)
-    said, found = map(int, done.stdout.split())
+    return done.stdout
+
+
+def beside_resident_memory(**case: Any) -> tuple[int, int]:
+    """(estimate, measurement) in bytes, of fresh processes."""
+    said, found = map(int, benchmark("--case", json.dumps(case)).split())
     return said, found
+
+
+def test_the_table_for_gpus_needs_none():
+    lines = benchmark("--table").splitlines()
+    assert lines[2].startswith("| 405m | 1 | native | 8 | 1.6 | 3.2 |")
+    assert any("offload_optimizer=true" in line and "on the host" in line for line in lines)
+    assert all(line.count("|") == 10 for line in lines)
 
 
 @pytest.mark.parametrize("case", [{}, {"vocab_size": 32768, "tie_embeddings": True}])
 def test_resident_memory_is_within_five_percent(case):
     model = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_attention_heads": 6, **case}
     said, found = beside_resident_memory(model=model, micro_batch_size=4)
+    assert said == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resident_memory_of_each_zero_stage_is_within_five_percent(stage, ranks):
+    model = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_attention_heads": 6}
+    engine = {"kind": "deepspeed", "zero_stage": stage}
+    said, found = beside_resident_memory(model=model, engine=engine, micro_batch_size=4, ranks=ranks)
     assert said == pytest.approx(found, rel=0.05)
