@@ -240,7 +240,7 @@ class _Walk:
                     gradients=found.kept,
                     activations=kept,
                     loss=self.loss.keeps if op is self.loss else 0,
-                    communication=held.gathered + found.sending,
+                    communication=found.sending,
                     temporaries=op.backward + found.passing + (op.gradients if tied else 0) + waits,
                 )
             )

@@ -47,7 +47,7 @@ class Held:
     endings: dict[str, Gradients]
     """Moments behind the backward pass."""
     gathered: int = 0
-    """Whole weights that are there in the forward and the backward pass, beside the rank's shards."""
+    """Whole weights that are there when the forward pass is over, beside the rank's shards."""
     gathering: int = 0
     """And while they come, in the forward pass."""
     between: int = 0
@@ -211,7 +211,8 @@ class _Zero:
         def arriving(before: int, own: int) -> Gradients:
             filled = min(before + own, self.bytes * BUCKET)
             copies = self._scattered(BUCKET) if before + own > self.bytes * BUCKET else 0
-            return Gradients(self.kept, self.bucket(filled) + copies, own)
+            gathered = min(live, self.whole - before)  # those of layers that are done are let go
+            return Gradients(self.kept, self.bucket(filled) + copies + gathered, own)
 
         last = min(self.weights, BUCKET)
         return Held(
@@ -238,4 +239,4 @@ class _Zero:
         buffers = 2 * self.bytes * self.largest
         if self.on_cpu:  # the host is the device
             return replace(held, optimizer=host + buffers)
-        return replace(held, optimizer=0, host=host, gathered=held.gathered + buffers)
+        return replace(held, optimizer=buffers, host=host)
