@@ -40,7 +40,7 @@ def build_and_load(ranks: Ranks) -> tuple[int, int]:
     build_engine(build_model(TINY, seed=1, device="meta"), engine=ZERO3, optimizer=OptimizerConfig(), ranks=ranks)
     memory = Memory()
     model = build_model(LARGE, seed=1, device="meta")
-    model.materialize("cpu", finish=functools.partial(adapter.partition, dtype=torch.float32))
+    model.materialize("cpu", finish=functools.partial(adapter.partition, dtype=torch.float32, ranks=ranks))
     built = memory.grown()
     del model
     model = build_model(LARGE, seed=1, device="meta")
