@@ -63,6 +63,8 @@ class RunState:
     back_to: int | None = None
     """The step of the checkpoint that the run goes back to where too many updates are skipped: itself, unless it was
     saved out of turn (the run was told to stop) or amid skipped updates. Null: none was saved in turn yet."""
+    parent: str | None = None
+    """The checkpoint that the run started from, if any: it goes back there where none was saved in turn yet."""
 
 
 _RUN_STATE = TypeAdapter(RunState)

@@ -288,6 +288,7 @@ def _open_model(reference: str) -> "Iterator[tuple[Checkpoint, Engine, Ranks]]":
             kind=config.engine.kind if several else "native",
             tensor_parallel=config.engine.tensor_parallel if several else 1,
             sequence_parallel=1,
+            kernels={},  # they were named for the machine that trained
         )
         ranks = ranks.arrange(tensor_parallel=how.tensor_parallel, sequence_parallel=1)
         model = build_model(config.model, seed=config.seed, device="meta")

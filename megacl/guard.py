@@ -34,11 +34,12 @@ class Guard:
         """origin: what the run goes on from. fp16: whether a loss scale answers gradients that are not finite."""
         self._stability, self._fp16 = stability, fp16
         self._run_dir, self._ranks, self._log = run_dir, ranks, log
-        self._parent = origin.parent.path if origin.parent else None
         state = origin.checkpoint.state if origin.checkpoint else None
         self.watch = state.watch if state else Watch()
-        self.back_to = (state.back_to or state.step) if state else None
+        self.back_to = state.back_to if state else None
         """The step of the checkpoint to go back to; None where the run has saved none in turn yet."""
+        self.parent = str(origin.parent.path) if origin.parent else state.parent if state else None
+        """The checkpoint that the run started from, to which it goes back then."""
 
     def threshold(self, record: PhaseRecord) -> float:
         """The loss above which the phase's next update is to be skipped."""
@@ -62,7 +63,7 @@ class Guard:
         if not trouble:
             return
         skipped, went_back = self.watch.skipped, self.watch.went_back
-        somewhere = self.back_to is not None or self._parent is not None
+        somewhere = self.back_to is not None or self.parent is not None
         if self.has_given_up and not (somewhere and went_back < self._stability.go_back):
             row = f", the last of {skipped} in a row" if skipped > 1 else ""
             before = f"the run has gone back {went_back} times, and " if went_back else ""
@@ -78,8 +79,8 @@ class Guard:
         record: the phase's, after `step`. Returns it as it is then. Raises CheckpointError where the checkpoint is gone
         or damaged.
         """
-        path = self._parent if self.back_to is None else checkpoint_path(self._run_dir, self.back_to)
-        assert path is not None, "judge has looked"
+        assert self.back_to is not None or self.parent is not None, "judge has looked"
+        path = checkpoint_path(self._run_dir, self.back_to) if self.back_to is not None else Path(str(self.parent))
         with self._ranks.together():
             if self._ranks.rank == 0:
                 find_checkpoint(str(path), self._log.warn)  # verifies it

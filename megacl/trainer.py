@@ -404,6 +404,7 @@ class _Run:
             phase_end=ended,
             watch=self.guard.watch,
             back_to=self.guard.back_to,
+            parent=self.guard.parent,
         )
         if save:
             self._save()

@@ -286,6 +286,23 @@ def test_a_run_that_started_from_another_goes_back_to_it(prepared: Prepared, who
     assert state(checkpoint_path(run_dir, 4)) == last_state(whole)
 
 
+@pytest.mark.parametrize("started", [True, False], ids=["started from another", "from the beginning"])
+def test_what_a_stop_saved_out_of_turn_is_not_gone_back_to(
+    prepared: Prepared, whole: Path, tmp_path: Path, started: bool
+) -> None:
+    settings = tree(prepared, tmp_path / "run", **({"start_from": str(whole)} if started else {}))
+    settings["phases"] = [{**settings["phases"][0], "name": "german", "mixture": {"german": 1}, "steps": 6}]
+    trouble: Trouble = {3: "broken", 4: "broken", 5: "broken"}
+    assert train(settings, trouble, stop_after=2) == "stopped"
+    if not started:
+        with pytest.raises(DivergedError, match="step 5: the gradient is not finite"):
+            train(settings, trouble)
+        return
+    assert train(settings, trouble) == "done"
+    (record,) = metrics(tmp_path / "run", "go_back")
+    assert (record["step"], record["to_step"], record["passed_over"]) == (5, None, [0, 5 * BATCH])
+
+
 def test_what_a_phase_passed_over_is_not_replayed_by_the_next(prepared: Prepared, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = tree(prepared, run_dir)

@@ -67,8 +67,9 @@ class Monitors:
     def alarm(self) -> str | None:
         """What is to be warned about, or None."""
         largest = [layer.attention_logit_max for layer in self.layers]
-        if max(largest) <= LOGIT_ALARM:
+        if not any(logit > LOGIT_ALARM for logit in largest):  # what is not a number is for the loss to tell
             return None
+        largest = [logit if logit > LOGIT_ALARM else 0.0 for logit in largest]
         return (
             f"attention's largest logit is {max(largest):.4g}, in layer {largest.index(max(largest))}, and runs in "
             "which it reaches 1e4 diverge; lower max_lr, or give a new model a qk_norm."

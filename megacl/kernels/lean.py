@@ -34,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
         weight = weight_D.to(scale.dtype)
         products = dy.to(scale.dtype) * x
         # d (weight x / rms) / dx = (weight dy - x mean(weight dy x) / rms^2) / rms
-        dweight = products.view(-1, x.shape[-1]).t() @ scale.flatten()
+        dweight = products.reshape(-1, x.shape[-1]).t() @ scale.flatten()
         along = (products @ weight).unsqueeze(-1).mul_(scale).mul_(scale).mul_(scale / -x.shape[-1])
         dx = torch.mul(dy, weight, out=products).mul_(scale).addcmul_(x, along)
         return dx.to(x.dtype), dweight.to(weight_D.dtype), None

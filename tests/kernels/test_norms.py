@@ -77,6 +77,9 @@ def test_views_and_gradients_with_any_strides_are_read_as_they_are_meant(name, f
     residual = drawn(6, 4, 48, seed=4).detach()[..., ::2].requires_grad_()
     coming = [drawn(1, 24, seed=5).detach().expand(6, 4, 24), drawn(4, 6, 24, seed=6).detach().transpose(0, 1)]
     check(name, form, x, residual, weights(name, 24), coming=coming)
+    heads_BHTE = drawn(2, 3, 5, 8, seed=3).detach().transpose(1, 2)[..., :7].requires_grad_()
+    coming_BHTE = drawn(2, 3, 5, 8, seed=5).detach().transpose(1, 2)[..., :7]
+    check(name, form, heads_BHTE, None, weights(name, 7), coming=[coming_BHTE])
 
 
 @NORMS
