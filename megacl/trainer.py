@@ -31,11 +31,12 @@ from megacl.evaluate import EvaluationStopped, evaluate_sources, sources_of
 from megacl.guard import Guard
 from megacl.lineage import pass_over, save_lineage
 from megacl.log import RunLog, table_text
-from megacl.model.gpt import build_model, count_parameters, flops_per_token
+from megacl.model.gpt import build_model, count_parameters
 from megacl.optimizer import decayed_part
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
 from megacl.plan import begin_phase, check_batches, check_phases, open_phase, schedule_of
 from megacl.publish import alone_in, publish_text, sweep_unfinished
+from megacl.records import record_evaluation, record_step
 from megacl.resume import Found, find_inputs, find_origin, open_sources
 from megacl.schedules import peak
 from megacl.stopping import StopSignal, ToldToStop
@@ -306,7 +307,7 @@ class _Run:
         waited: float,
     ) -> None:
         """Takes one step, and counts and records what came of it. Raises DivergedError where the run cannot go on."""
-        config, phase, record = self.config, self.config.phases[index], self.lineage.phases[-1]
+        record = self.lineage.phases[-1]
         start = time.perf_counter()
         monitor = _due(self.step + 1, self.config.logging.monitor_every_steps)
         result = self.engine.step(
@@ -324,34 +325,25 @@ class _Run:
         if not result.applied:
             passed_over = pass_over(passed_over, batch.first_sample, samples)
         self.lineage = self.lineage.with_phase(stream.seen(samples, lr, passed_over))
-        rate = config.tokens_per_step(phase) / seconds
-        flops = rate * flops_per_token(config.model, config.seq_length_of(phase))
-        self.log.record(
-            "step",
+        record_step(
+            self.log,
+            self.lineage,
+            self.config.model,
+            result,
             step=self.step,
-            phase=phase.name,
-            samples=samples,
-            tokens=self.lineage.tokens,
-            loss=result.loss,
+            total_steps=self.total_steps,
+            begun=index + 1,
             lr=lr,
-            grad_norm=result.grad_norm,
-            log_z=result.log_z,
-            applied=result.applied,
-            updates=sum(each.updates for each in self.lineage.phases[-1 - index :]),
             seconds=seconds,
             waited=waited,
-            tokens_per_second=rate,
-            flops_per_second=flops,
-            **({} if targets is None else {"real_tokens": targets}),
+            targets=targets,
         )
         if result.monitors is not None:
-            values = {"step": self.step, "phase": phase.name, "log_z": result.log_z, **result.monitors.record()}
+            values = {"step": self.step, "phase": record.name, "log_z": result.log_z, **result.monitors.record()}
             self.log.record("monitor", **values)
             if not self.alarmed and (alarm := result.monitors.alarm()):
                 self.alarmed = True
                 self.log.warn(f"step {self.step}: {alarm}")
-        text = f"{phase.name}  loss {result.loss:.4f}  lr {lr:.3g}  {rate:,.0f} tokens/s  {flops / 1e9:,.1f} GFLOP/s"
-        self.log.progress(self.step, self.total_steps, text)
 
     def _evaluate_if_due(self, phase: PhaseConfig, sources: Mapping[str, Source], *, ended: bool) -> None:
         if ended or _due(self.step, self.config.evaluation.every_steps):
@@ -368,17 +360,7 @@ class _Run:
             sequences=evaluation.sequences,
             stop=lambda: self.stop.received,
         )
-        self.log.record(
-            "evaluation",
-            step=self.step,
-            phase=phase,
-            tokens=self.lineage.tokens,
-            at=at,
-            sources={name: result.record() for name, result in results.items()},
-        )
-        if results:
-            losses = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
-            self.log.say(f"held-out loss at step {self.step}: {losses}")
+        record_evaluation(self.log, self.lineage, results, step=self.step, phase=phase, at=at)
         broken = [name for name, result in results.items() if not math.isfinite(result.loss)]
         if broken:
             raise DivergedError(

@@ -27,7 +27,7 @@ LEVELS = [
     "model.layers model.checkpointing model.gpt optimizer activations",
     "engine engine.base engine.native engine.zero engine.adapter engine.monitors engine.arithmetic engine.loss_scale "
     "engine.replicas checkpoint parallel.apply",
-    "convert evaluate predict memory zero_memory plan plan_memory sample resume history saw guard",
+    "convert evaluate predict memory zero_memory plan plan_memory sample resume history saw guard records",
     "trainer",
     "release report report_run report_plots slurm",
     "study",
