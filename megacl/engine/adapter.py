@@ -9,7 +9,6 @@ Written against DeepSpeed 0.19, whose inner parts it leans on where the public f
 - Reading moments that do not exist yet raises on some ranks and leaves the others waiting, so it is never tried.
 - At stage 3 the functions that write a whole parameter fail where its size does not divide by the ranks; each rank
   writes its own padded slice instead.
-- Left to itself it would forget no gradients but those of the module where a step is not to be made.
 - Writing the fp32 master of a parameter leaves the module's own copy as it was until the next step; both are written.
 - Setting the parameters' gradients to zero leaves those that stages 1 to 3 have gathered, and the next step adds to
   them; they are dropped as each stage itself does after an overflow.
