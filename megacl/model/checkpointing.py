@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 Checkpointing = Literal["full", "selective"]
@@ -69,10 +69,25 @@ class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._results = results
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator._schema.is_mutable:
+            self._save_from(tree_leaves((args, kwargs)))
         result = operator(*args, **(kwargs or {}))
         if operator.name() in KEPT:
             self._results.append(tree_map_only(Tensor, Tensor.detach, result))  # with its graph it would hold itself
         return result
+
+    def _save_from(self, written: list[Any]) -> None:
+        """Copies what is kept in the memory of these: an operator is about to write there, and will once more.
+
+        ZeRO-3 is why: DeepSpeed's own torch.nn.functional.linear adds the bias in place to the product.
+        """
+        memory = {each.untyped_storage()._cdata for each in written if isinstance(each, Tensor)}
+
+        def saved(kept: Tensor) -> Tensor:
+            return kept.clone() if kept.untyped_storage()._cdata in memory else kept
+
+        for index, kept in enumerate(self._results):
+            self._results[index] = tree_map_only(Tensor, saved, kept)
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
