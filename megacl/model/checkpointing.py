@@ -16,6 +16,7 @@ from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -25,6 +26,8 @@ Checkpointing = Literal["full", "selective"]
 FULL: Checkpointing = "full"
 SELECTIVE: Checkpointing = "selective"
 
+_SUM = "megacl::sum_over"
+"""Over the ranks of a tensor-parallel group, of a layer's partial product."""
 KEPT = frozenset(
     {
         "aten::mm",
@@ -34,7 +37,7 @@ KEPT = frozenset(
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",
         "torch_attn::_varlen_attn",
-        "megacl::sum_over",
+        _SUM,
     }
 )
 """The operators whose results SELECTIVE keeps, by the names under which PyTorch dispatches them.
@@ -73,6 +76,8 @@ class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._save_from(tree_leaves((args, kwargs)))
         result = operator(*args, **(kwargs or {}))
         if operator.name() in KEPT:
+            if operator.name() == _SUM:  # of the product before it, whose result nobody reads then
+                self._results[-1] = self._results[-1].shape
             self._results.append(tree_map_only(Tensor, Tensor.detach, result))  # with its graph it would hold itself
         return result
 
@@ -102,5 +107,6 @@ class _GiveBack(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._results and operator.name() in KEPT:
-            return self._results.popleft()
+            kept = self._results.popleft()
+            return args[0].new_empty(kept) if isinstance(kept, torch.Size) else kept
         return operator(*args, **(kwargs or {}))
