@@ -16,9 +16,10 @@ from megacl.errors import DivergedError
 from megacl.model.config import ModelConfig
 from megacl.model.gpt import build_model
 from megacl.parallel.ranks import Ranks
-from tests.ranks import run_on_ranks
+from tests.ranks import arranged, run_on_ranks
 
-MODEL = ModelConfig(vocab_size=257, hidden_size=48, num_layers=2, num_attention_heads=3)
+MODEL = ModelConfig(vocab_size=258, hidden_size=48, num_layers=2, num_attention_heads=4)
+NORM, CUT = "layers.1.attention_norm.weight", "layers.1.mlp.up.weight"
 TOKENS = np.random.Generator(np.random.Philox(5)).integers(0, 257, (2, 9))
 
 
@@ -29,8 +30,11 @@ def nudge(parameter: torch.Tensor) -> None:
     bits.flatten()[-1] += 1
 
 
-def train(ranks: Ranks, nudged: int | None, *, every: int = 2, exports: bool = False, **settings: Any) -> str:
-    """Three steps; after the first a rank's weight is nudged. What the run says at its end."""
+def train(
+    ranks: Ranks, nudged: int | None, *, every: int = 2, exports: bool = False, weight: str = NORM, **settings: Any
+) -> str:
+    """Three steps; after the second a rank's weight is nudged. What the run says at its end."""
+    ranks = arranged(ranks, settings.get("tensor_parallel", 1), 1)
     model = build_model(MODEL, seed=1, device="meta")
     config = EngineConfig(kind="deepspeed", compare_replicas_every=every, **settings)
     engine = build_engine(model, engine=config, optimizer=OptimizerConfig(), ranks=ranks)
@@ -38,7 +42,7 @@ def train(ranks: Ranks, nudged: int | None, *, every: int = 2, exports: bool = F
         for step in range(3):
             engine.step(TOKENS, 1e-3)
             if step == 1 and ranks.rank == nudged:
-                nudge(model.layers[1].attention_norm.weight)
+                nudge(model.get_parameter(weight))
         if exports:
             list(engine.export_state())
     except DivergedError as error:
@@ -67,6 +71,20 @@ def test_of_four_ranks_the_one_that_differs_is_named_on_every_rank():
 def test_what_zero_3_keeps_whole_is_compared_too():
     for said in run_on_ranks(2, train, 0, zero_stage=3):
         assert "layers.1.attention_norm.weight" in said
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_what_a_tensor_parallel_group_holds_whole_is_compared_within_it(stage):
+    settings = {"zero_stage": stage, "tensor_parallel": 2}
+    assert run_on_ranks(2, train, None, **settings) == ["trained 3", "trained 3"]
+    for said in run_on_ranks(2, train, 1, **settings):
+        assert said.startswith(f"the replicas of the weights differ: {NORM} on rank 0, 1 is different on each")
+
+
+def test_parts_of_a_weight_are_compared_with_the_same_parts_alone():
+    assert run_on_ranks(2, train, 1, weight=CUT, zero_stage=0, tensor_parallel=2) == ["trained 3", "trained 3"]
+    for said in run_on_ranks(4, train, 1, weight=CUT, zero_stage=0, tensor_parallel=2):
+        assert said.startswith(f"the replicas of the weights differ: {CUT} on rank 1, 3 is different on each")
 
 
 def test_nothing_is_exported_of_replicas_that_differ():

@@ -3,8 +3,9 @@
     compare_replicas(model, ranks)          # DivergedError on every rank where one has others
 
 A device that computes or keeps something wrongly, once, makes a replica of its own, and training goes on without a
-word. What is compared is a checksum of each weight that ranks hold alike; under ZeRO-3 that is what is small enough for
-every rank to keep whole, since of all else each rank holds its own shard.
+word. What is compared is a checksum of each weight that ranks hold alike: over all ranks where tensor parallelism leaves
+the weight whole, else over those of one tp_rank. Under ZeRO-3 that is what is small enough for every rank to keep
+whole, since of all else each rank holds its own shard.
 """
 
 from collections import Counter
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from megacl.errors import DivergedError
 from megacl.parallel.ranks import Ranks
+from megacl.parallel.tensor import shard_of
 
 _CHUNK = 2**20
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,9 +34,10 @@ def compare_replicas(model: nn.Module, ranks: Ranks) -> None:
     ]
     mine = torch.stack([checksum(parameter) for _, parameter in held]).tolist() if held else []
     of_ranks = ranks.gather(mine)
-    for part in range(ranks.tp_size):  # ranks of different parts of the layers hold different weights
-        members = [rank for rank in range(ranks.world_size) if rank % ranks.tp_size == part]
-        for index, (name, _) in enumerate(held):
+    everyone = range(ranks.world_size)
+    by_part = [everyone[part :: ranks.tp_size] for part in range(ranks.tp_size)]
+    for index, (name, parameter) in enumerate(held):
+        for members in by_part if shard_of(parameter) else [everyone]:
             sums = {rank: of_ranks[rank][index] for rank in members}
             (common, count), *others = Counter(sums.values()).most_common()
             if others:
