@@ -12,6 +12,8 @@ Written against DeepSpeed 0.19, whose inner parts it leans on where the public f
 - Writing the fp32 master of a parameter leaves the module's own copy as it was until the next step; both are written.
 - Setting the parameters' gradients to zero leaves those that stages 1 to 3 have gathered, and the next step adds to
   them; they are dropped as each stage itself does after an overflow.
+- Its own group of all ranks, over which it averages gradients, would wait for a silent rank as long as PyTorch likes;
+  it is given one that waits as long as ours.
 """
 
 import contextlib
@@ -74,7 +76,10 @@ def start(config: EngineConfig, ranks: Ranks) -> None:
         raise LaunchError("engine.precision is fp16, which DeepSpeed does not run on this device; use fp32 or bf16.")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
-    deepspeed.utils.groups.mpu = None  # it keeps the groups of an engine before this one
+    groups = deepspeed.utils.groups
+    groups.mpu = None  # it keeps the groups of an engine before this one
+    if groups._WORLD_GROUP is None:
+        groups._WORLD_GROUP = dist.new_group(timeout=ranks.timeout)
 
 
 def partition(module: nn.Module, dtype: torch.dtype, ranks: Ranks) -> None:

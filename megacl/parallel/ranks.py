@@ -35,6 +35,8 @@ class Ranks:
     """Rank on this machine: which of its devices is this process's."""
     patient: Any = field(default=None, repr=False, compare=False)
     """A process group whose collectives wait for days: for what one rank does while the others have nothing to do."""
+    timeout: datetime.timedelta | None = field(default=None, repr=False, compare=False)
+    """How long a collective waits for a silent rank, in every other group; None leaves it to PyTorch."""
 
     tp_rank: int = 0
     """Place among the ranks that share each layer."""
@@ -85,7 +87,7 @@ class Ranks:
 
         def group(ranks: range) -> Any:
             # Each rank makes its own groups alone; with thousands of ranks, all groups on all of them would take long.
-            return dist.new_group(list(ranks), use_local_synchronization=True)
+            return dist.new_group(list(ranks), timeout=self.timeout, use_local_synchronization=True)
 
         first = self.rank - arranged.tp_rank
         return dataclasses.replace(
@@ -168,7 +170,12 @@ def start_ranks(*, timeout: float) -> Ranks:
     if place["WORLD_SIZE"] == "1":
         return Ranks()
     os.environ.update(place)
-    ranks = Ranks(int(place["RANK"]), int(place["WORLD_SIZE"]), int(place["LOCAL_RANK"]))
+    ranks = Ranks(
+        int(place["RANK"]),
+        int(place["WORLD_SIZE"]),
+        int(place["LOCAL_RANK"]),
+        timeout=datetime.timedelta(seconds=timeout),
+    )
 
     import torch
     import torch.distributed as dist
@@ -184,7 +191,7 @@ def start_ranks(*, timeout: float) -> Ranks:
         torch.cuda.set_device(ranks.local_rank)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, init_method="env://", timeout=datetime.timedelta(seconds=timeout))
+        dist.init_process_group(backend, init_method="env://", timeout=ranks.timeout)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LaunchError(

@@ -6,9 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megacl.config import EngineConfig, OptimizerConfig
+from megacl.engine import build_engine
 from megacl.errors import LaunchError
+from megacl.model.config import ModelConfig
+from megacl.model.gpt import build_model
 from megacl.parallel.ranks import Ranks
-from tests.ranks import arranged, run_on_ranks
+from tests.ranks import SECONDS, arranged, run_on_fresh_ranks, run_on_ranks
 
 
 def members(group: Any) -> list[int] | None:
@@ -76,3 +80,19 @@ def test_sizes_that_do_not_divide_the_ranks_are_refused(world, tp, sp):
         f"{world} ranks cannot be dealt out to engine.tensor_parallel, {tp}, x engine.sequence_parallel, {sp}; "
         f"start a multiple of {tp * sp} ranks."
     )
+
+
+def patience(ranks: Ranks, tp: int, sp: int) -> set[float]:
+    """How long collectives wait in the groups of a run, those that DeepSpeed averages gradients over among them."""
+    ranks = ranks.arrange(tensor_parallel=tp, sequence_parallel=sp)
+    config = EngineConfig(kind="deepspeed", zero_stage=1, tensor_parallel=tp, sequence_parallel=sp)
+    model = build_model(ModelConfig(vocab_size=64, hidden_size=32, num_layers=1, num_attention_heads=4), seed=1)
+    engine: Any = build_engine(model, engine=config, optimizer=OptimizerConfig(), ranks=ranks)
+    groups = [ranks.tp_group, ranks.sp_group, ranks.replica_group, *engine._deepspeed.optimizer.real_dp_process_group]
+    cpu = torch.device("cpu")
+    return {group._get_backend(cpu).options._timeout.total_seconds() for group in groups if group is not None}
+
+
+@pytest.mark.parametrize(("tp", "sp"), [(1, 1), (2, 1), (1, 2)])
+def test_a_silent_rank_is_missed_as_soon_in_every_group(tp, sp):
+    assert run_on_fresh_ranks(2, patience, tp, sp) == [{SECONDS}, {SECONDS}]
