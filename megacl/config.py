@@ -280,6 +280,17 @@ class RunConfig:
                 "part of every matrix that an update takes away; it must not exceed 0.01 there, and 1e-4 is usual."
             )
         self._check_engine()
+        stability = self.stability
+        if stability.spike is not None and not (stability.skip or stability.go_back):
+            raise ConfigError(
+                "stability.spike is set with stability.skip 0 and go_back 0, so that the first spike would end the "
+                "run; set stability.skip to how many updates in a row may be skipped."
+            )
+        if stability.go_back and self.checkpoint.every_steps is None:
+            raise ConfigError(
+                "stability.go_back is set, and no checkpoints are saved inside a phase to go back to; "
+                "set checkpoint.every_steps."
+            )
 
     def _check_engine(self) -> None:
         engine = self.engine

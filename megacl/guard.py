@@ -69,7 +69,8 @@ class Guard:
             before = f"the run has gone back {went_back} times, and " if went_back else ""
             raise DivergedError(
                 f"step {step}: {trouble}, and the update was not made{row}; {before}{last_good}. "
-                "Lower max_lr or lengthen the warm-up in a new run_dir, or look at the batch's data."
+                "Lower max_lr or lengthen the warm-up in a new run_dir, look at the batch's data, or let some updates "
+                "be skipped (stability.skip, stability.go_back)."
             )
         self._log.warn(f"step {step}: {trouble}; its update was skipped, {skipped} in a row")
 

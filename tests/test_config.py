@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from megacl.configfile import dump, from_tree, load, load_tree
 from megacl.errors import ConfigError
-from megacl.plan import schedule_of
+from megacl.plan import check_batches, check_ranks, schedule_of
 
 BASE = """
 run_dir: runs/x
@@ -323,6 +324,31 @@ def test_the_papers_recipes_resolve_to_its_figures_at_405m(name: str) -> None:
         )
     assert second.replay is not None
     assert second.replay.share == (0.25 if name == "strong-shift" else 0.05)
+
+
+@pytest.mark.parametrize("name", ["weak-shift", "strong-shift", "infinite"])
+def test_the_papers_recipes_are_dealt_out_to_1_to_16_ranks(name: str) -> None:
+    config = load(["model/405m.yaml", f"recipe/{name}.yaml"])
+    for ranks in (1, 2, 4, 8, 16):
+        check_ranks(config, ranks)
+        check_batches(config, ranks)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"stability": {"spike": 6.0}}, "stability.spike is set with stability.skip 0"),
+        ({"stability": {"go_back": 1}, "checkpoint": {}}, "stability.go_back is set, and no checkpoints are saved"),
+    ],
+)
+def test_settings_that_would_skip_or_go_back_and_cannot_are_refused(tmp_path: Path, section: Any, said: str) -> None:
+    base, more = tmp_path / "base.yaml", tmp_path / "more.yaml"
+    tree = load_tree(["recipe/weak-shift.yaml", "model/tiny.yaml"])
+    del tree["checkpoint"]
+    base.write_text(yaml.safe_dump(tree))
+    more.write_text(yaml.safe_dump(section))
+    with pytest.raises(ConfigError, match=said):
+        load([str(base), str(more)])
 
 
 def test_the_demos_recipes_resolve() -> None:
