@@ -320,7 +320,6 @@ class _Run:
         )
         seconds = time.perf_counter() - start
         self.step += 1
-        self.guard.judge(result, self.step, self._last_good())
         samples, passed_over = batch.first_sample + record.global_batch_size, record.passed_over
         if not result.applied:
             passed_over = pass_over(passed_over, batch.first_sample, samples)
@@ -344,6 +343,7 @@ class _Run:
             if not self.alarmed and (alarm := result.monitors.alarm()):
                 self.alarmed = True
                 self.log.warn(f"step {self.step}: {alarm}")
+        self.guard.judge(result, self.step, self._last_good())  # at last, so that a step that ends the run is recorded
 
     def _evaluate_if_due(self, phase: PhaseConfig, sources: Mapping[str, Source], *, ended: bool) -> None:
         if ended or _due(self.step, self.config.evaluation.every_steps):
