@@ -269,9 +269,12 @@ def report(
 def _open_model(reference: str) -> "Iterator[tuple[Checkpoint, Engine, Ranks]]":
     """A checkpoint and an engine that holds its weights: on one rank the native one, whatever trained it.
 
-    On several they share the layers as in training, and sequences are dealt out whole.
+    On several they share the layers as in training, and sequences are dealt out whole. It computes as in training on a
+    GPU, and in fp32 without compiling on a CPU.
     """
     import dataclasses
+
+    import torch
 
     from megacl.checkpoint import find_checkpoint, open_checkpoint
     from megacl.engine import build_engine
@@ -290,6 +293,8 @@ def _open_model(reference: str) -> "Iterator[tuple[Checkpoint, Engine, Ranks]]":
             sequence_parallel=1,
             kernels={},  # they were named for the machine that trained
         )
+        if not torch.cuda.is_available():  # nor do 16 bits and compiling pay on a CPU
+            how = dataclasses.replace(how, precision="fp32", compile=False)
         ranks = ranks.arrange(tensor_parallel=how.tensor_parallel, sequence_parallel=1)
         model = build_model(config.model, seed=config.seed, device="meta")
         if config.boundaries == "attention":

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, its exit status, and one line for each bad input."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -10,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Prepared, write_documents
 from runs import command_line, start
 
+from megacl import checkpoint
+from megacl.config import EngineConfig
 from megacl.configfile import from_tree
+from megacl.engine import Engine, build_engine
 from megacl.trainer import train
 
 Capture = pytest.CaptureFixture[str]
@@ -110,6 +115,28 @@ def test_evaluate_keeps_two_folders_of_one_name_apart_and_refuses_what_it_cannot
     call = ("prepare", str(prepared.documents["german"]), "--tokenizer", str(prepared.tokenizer))
     command_line(capsys, *call, "--out", str(nothing), "--validation", "0")
     assert "no held-out documents" in refusal(capsys, "evaluate", str(run), "--data", str(nothing))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_on_a_cpu_a_checkpoint_is_evaluated_in_fp32_and_not_compiled_whatever_it_was_trained_in(
+    run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained_on_a_gpu(path: Path) -> checkpoint.Checkpoint:
+        found = open_checkpoint(path)
+        engine = dataclasses.replace(found.config.engine, precision="bf16", compile=True)
+        return dataclasses.replace(found, config=dataclasses.replace(found.config, engine=engine))
+
+    def build(*arguments: Any, engine: EngineConfig, **others: Any) -> Engine:
+        built.append(engine)
+        return build_engine(*arguments, engine=engine, **others)
+
+    built: list[EngineConfig] = []
+    open_checkpoint = checkpoint.open_checkpoint
+    _, expected, _ = command_line(capsys, "evaluate", str(run), "--json")
+    monkeypatch.setattr(checkpoint, "open_checkpoint", trained_on_a_gpu)
+    monkeypatch.setattr("megacl.engine.build_engine", build)
+    assert command_line(capsys, "evaluate", str(run), "--json")[1] == expected
+    assert [(engine.precision, engine.compile) for engine in built] == [("fp32", False)]
 
 
 def test_lineage_is_text_or_json(run: Path, capsys: Capture) -> None:
