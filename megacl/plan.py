@@ -29,6 +29,7 @@ from megacl.data.stream import PhaseStream, open_recorded
 from megacl.errors import ConfigError, DataError
 from megacl.lineage import Lineage, PhaseRecord, SourceRecord, describe_mixture
 from megacl.model.gpt import count_parameters, flops_per_token
+from megacl.parallel.ranks import check_groups
 from megacl.plan_memory import memory_lines
 from megacl.resume import Found, Inputs, find_inputs, find_origin, open_sources
 from megacl.schedules import Schedule, build_schedule
@@ -203,15 +204,11 @@ def _end_of(config: RunConfig, index: int, record: PhaseRecord) -> str:
 
 
 def check_ranks(config: RunConfig, ranks: int) -> None:
-    """Raises ConfigError where so many ranks cannot share the run."""
+    """Raises ConfigError or LaunchError where so many ranks cannot share the run."""
     engine = config.engine
     if engine.kind == "native" and ranks > 1:
         raise ConfigError(f"engine.kind is native, which runs on one rank, and there are {ranks}; use deepspeed.")
-    if ranks % (engine.tensor_parallel * engine.sequence_parallel):
-        raise ConfigError(
-            f"the number of ranks is {ranks}; it must be a multiple of engine.tensor_parallel, "
-            f"{engine.tensor_parallel}, x engine.sequence_parallel, {engine.sequence_parallel}."
-        )
+    check_groups(ranks, tensor_parallel=engine.tensor_parallel, sequence_parallel=engine.sequence_parallel)
 
 
 def check_batches(config: RunConfig, dp_size: int) -> None:

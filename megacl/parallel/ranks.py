@@ -73,11 +73,7 @@ class Ranks:
         the sizes do not divide the number of ranks.
         """
         tp, sp = tensor_parallel, sequence_parallel
-        if self.world_size % (tp * sp):
-            raise LaunchError(
-                f"{self.world_size} ranks cannot be dealt out to engine.tensor_parallel, {tp}, x "
-                f"engine.sequence_parallel, {sp}; start a multiple of {tp * sp} ranks."
-            )
+        check_groups(self.world_size, tensor_parallel=tp, sequence_parallel=sp)
         if (tp, sp) == (1, 1):
             return self
         arranged = dataclasses.replace(
@@ -159,6 +155,15 @@ class Ranks:
         objects = [None] * self.world_size
         dist.all_gather_object(objects, obj, group=self.patient)
         return objects
+
+
+def check_groups(ranks: int, *, tensor_parallel: int, sequence_parallel: int) -> None:
+    """Raises LaunchError where so many ranks do not fall into groups of these sizes."""
+    if ranks % (tensor_parallel * sequence_parallel):
+        raise LaunchError(
+            f"the number of ranks is {ranks}; it must be a multiple of engine.tensor_parallel, {tensor_parallel}, x "
+            f"engine.sequence_parallel, {sequence_parallel}."
+        )
 
 
 def start_ranks(*, timeout: float) -> Ranks:

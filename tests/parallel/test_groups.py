@@ -77,8 +77,8 @@ def test_sizes_that_do_not_divide_the_ranks_are_refused(world, tp, sp):
     with pytest.raises(LaunchError) as error:
         Ranks(0, world).arrange(tensor_parallel=tp, sequence_parallel=sp)
     assert str(error.value) == (
-        f"{world} ranks cannot be dealt out to engine.tensor_parallel, {tp}, x engine.sequence_parallel, {sp}; "
-        f"start a multiple of {tp * sp} ranks."
+        f"the number of ranks is {world}; it must be a multiple of engine.tensor_parallel, {tp}, x "
+        f"engine.sequence_parallel, {sp}."
     )
 
 
