@@ -102,20 +102,19 @@ def _softmax(
     logits = logits.to(torch.promote_types(dtype, torch.float32))
     counted = targets != IGNORED
     at = targets.where(counted, 0).unsqueeze(1)
-    # All in the logits' own memory: softmax's numerators, then d nats / d logits = softmax - one-hot.
-    highest = logits.amax(1, keepdim=True)
-    logits.sub_(highest)
-    at_target = logits.gather(1, at)
-    total = logits.exp_().sum(1, keepdim=True)
-    nats = (total.log() - at_target).squeeze(1).where(counted, 0).sum()
-    log_z = total.log() + highest
+    highest, at_target = logits.amax(1, keepdim=True), logits.gather(1, at)
+    # All in the logits' own memory: softmax in one pass, then d nats / d logits = softmax - one-hot.
+    torch.softmax(logits, 1, out=logits)
+    above_highest = -logits.amax(1, keepdim=True).log()  # softmax of the highest is 1 / sum(exp(logits - highest))
+    nats = (above_highest + (highest - at_target)).squeeze(1).where(counted, 0).sum()
+    log_z = above_highest + highest
     squares = log_z.square().squeeze(1).where(counted, 0).sum()
     if scale is None:
         return nats, squares, None
     once = scale * counted.unsqueeze(1).to(logits.dtype)
     # d (log Z)^2 / d logits = 2 log Z softmax
     times = once if z_loss == 0 else once * (1 + 2 * z_loss * log_z)
-    return nats, squares, logits.mul_(times / total).scatter_add_(1, at, -once).to(dtype)
+    return nats, squares, logits.mul_(times).scatter_add_(1, at, -once).to(dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
