@@ -3,9 +3,9 @@
     compare_replicas(model, ranks)          # DivergedError on every rank where one has others
 
 A device that computes or keeps something wrongly, once, makes a replica of its own, and training goes on without a
-word. What is compared is a checksum of each weight that ranks hold alike: over all ranks where tensor parallelism leaves
-the weight whole, else over those of one tp_rank. Under ZeRO-3 that is what is small enough for every rank to keep
-whole, since of all else each rank holds its own shard.
+word. What is compared is a checksum of each weight that ranks hold alike: over all ranks where tensor parallelism
+leaves the weight whole, else over those of one tp_rank. Under ZeRO-3 that is what is small enough for every rank to
+keep whole, since of all else each rank holds its own shard.
 """
 
 from collections import Counter
