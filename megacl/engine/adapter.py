@@ -11,7 +11,8 @@ Written against DeepSpeed 0.19, whose inner parts it leans on where the public f
   writes its own padded slice instead.
 - Writing the fp32 master of a parameter leaves the module's own copy as it was until the next step; both are written.
 - Setting the parameters' gradients to zero leaves those that stages 1 to 3 have gathered, and the next step adds to
-  them; they are dropped as each stage itself does after an overflow.
+  them; they are dropped as each stage itself does after an overflow. With an optimizer on the host, stages 1 and 2 do
+  not: one gradient that is not finite would make all that follow so.
 - Its own group of all ranks, over which it averages gradients, would wait for a silent rank as long as PyTorch likes;
   it is given one that waits as long as ours.
 """
@@ -292,6 +293,11 @@ def set_loss_scale(engine: Any, value: float, since_overflow: int) -> None:
     """Goes on with what `loss_scale` gave."""
     scaler = engine.optimizer.loss_scaler
     scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = value, since_overflow, -1
+
+
+def lower_loss_scale(engine: Any) -> None:
+    """Answers a loss that is not finite as fp16's loss scale answers an overflow."""
+    engine.optimizer.loss_scaler.update_scale(True)
 
 
 def drop_gradient(engine: Any) -> None:

@@ -36,7 +36,7 @@ class StepResult:
     """Mean over the targets of the global batch, nats per token, before the update."""
     grad_norm: float
     """Of the whole gradient, before clipping; inf or nan where the gradient is not finite. Under ZeRO 1 to 3 nan, too,
-    where the loss was above `skip_above`."""
+    where the loss was not finite or above `skip_above`."""
     applied: bool
     """False where the weights are as before: the loss or the gradient was not finite, or the loss above `skip_above`.
     With fp16 it happens now and then, and the loss scale has been lowered."""

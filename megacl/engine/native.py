@@ -67,7 +67,7 @@ class NativeEngine(Engine):
         self._optimizer.zero_grad(set_to_none=True)
         loss, log_z_squared, grad_norm, skipped = torch.stack([*sums, norm, bad]).tolist()
         if self._scale is not None and not loss > skip_above:
-            self._scale.update(overflowed=not math.isfinite(grad_norm))
+            self._scale.update(overflowed=not math.isfinite(grad_norm + loss))
         return StepResult(loss, grad_norm, applied=not skipped, log_z=math.sqrt(log_z_squared))
 
     @property

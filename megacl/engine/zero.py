@@ -1,5 +1,6 @@
 """The DeepSpeed engine: ZeRO over the ranks of a run."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 
@@ -73,9 +74,12 @@ class DeepSpeedEngine(Engine):
     def _update(self, sums: Tensor, skip_above: float) -> StepResult:
         mean = self._ranks.sum(np.array(sums.tolist())) / self._ranks.world_size
         loss, log_z = float(mean[0]), math.sqrt(mean[1])
-        if loss > skip_above:
+        if loss > skip_above or not math.isfinite(loss):
             norm = float(_norm(self._model, self._ranks)) if self._config.zero_stage == 0 else math.nan
             adapter.drop_gradient(self._deepspeed)
+            if self._config.precision == "fp16" and not loss > skip_above:
+                with _scale_too_small():
+                    adapter.lower_loss_scale(self._deepspeed)
             return StepResult(loss, norm, applied=False, log_z=log_z)
         if self._config.zero_stage == 0:
             # DeepSpeed clips here, but does not say to what, and would step with a gradient that is not finite.
@@ -85,14 +89,12 @@ class DeepSpeedEngine(Engine):
                 return StepResult(loss, norm, applied=False, log_z=log_z)
             self._deepspeed.step()
             return StepResult(loss, norm, applied=True, log_z=log_z)
-        try:
+        with _scale_too_small():
             self._deepspeed.step()
-        except Exception as error:
-            if "loss scale already at minimum" not in str(error):
-                raise
-            raise too_small() from None
-        norm = float(self._deepspeed.get_global_grad_norm())
-        return StepResult(loss, norm, applied=bool(self._deepspeed.was_step_applied()), log_z=log_z)
+        applied = bool(self._deepspeed.was_step_applied())
+        if not applied:  # with an optimizer on the host, DeepSpeed adds the next gradient to it
+            adapter.drop_gradient(self._deepspeed)
+        return StepResult(loss, float(self._deepspeed.get_global_grad_norm()), applied=applied, log_z=log_z)
 
     @property
     def loss_scale(self) -> tuple[float, int] | None:
@@ -127,6 +129,17 @@ class DeepSpeedEngine(Engine):
         """What of a parameter's whole value lies on this rank, before ZeRO shards it."""
         shard = self._shards.get(name)
         return shard.take(whole) if shard else whole
+
+
+@contextlib.contextmanager
+def _scale_too_small() -> Iterator[None]:
+    """Says in our words that fp16's loss scale cannot be lowered any more."""
+    try:
+        yield
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise too_small() from None
 
 
 def _norm(model: GPT, ranks: Ranks) -> Tensor:
