@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -116,6 +116,10 @@ def train(
     config: Annotated[list[str], typer.Argument(help="CONFIG.yaml... merged left to right, then section.key=value...")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would do, and stop.")] = False,
     ranks: Annotated[int | None, typer.Option(min=1, help="With --dry-run: how many ranks there will be.")] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="With --dry-run: what they will compute on; by default what is here."),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on where the run directory stands.")] = True,
 ) -> None:
     """Train a run: its phases one after another. The same command goes on after an interruption."""
@@ -124,10 +128,12 @@ def train(
     run = load_arguments(config)
     if ranks is not None and not dry_run:
         raise ConfigError("--ranks goes with --dry-run; a run's ranks are those that torchrun or srun starts.")
+    if device is not None and not dry_run:
+        raise ConfigError("--device goes with --dry-run; a run computes on GPUs where there are some.")
     if dry_run:
         from megacl.plan import plan_text
 
-        for line in plan_text(run, resume=resume, ranks=ranks):
+        for line in plan_text(run, resume=resume, ranks=ranks, device=device):
             print(line)
         return
     from megacl.trainer import train as train_run

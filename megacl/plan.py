@@ -26,6 +26,7 @@ from megacl.data.replay import times_replayed
 from megacl.data.source import Source
 from megacl.data.store import RemoteFolder
 from megacl.data.stream import PhaseStream, open_recorded
+from megacl.engine import Device, check_engine, device_here
 from megacl.errors import ConfigError, DataError
 from megacl.lineage import Lineage, PhaseRecord, SourceRecord, describe_mixture
 from megacl.model.gpt import count_parameters, flops_per_token
@@ -224,19 +225,23 @@ def check_batches(config: RunConfig, dp_size: int) -> None:
             )
 
 
-def plan_text(config: RunConfig, *, resume: bool = True, ranks: int | None = None) -> Iterator[str]:
+def plan_text(
+    config: RunConfig, *, resume: bool = True, ranks: int | None = None, device: Device | None = None
+) -> Iterator[str]:
     """Lines on the model, then on each phase: tokens, steps, exact shares, epochs, and the rate at its corners; then on
     the memory of a rank.
 
-    ranks: how many there will be; by default as few as can be. Raises as the start of training on them would. What
-    depends on data that is not prepared yet is left out.
+    ranks: how many there will be; by default as few as can be. device: what they will compute on; by default what is
+    here. Raises as the start of training on them would. What depends on data that is not prepared yet is left out.
     """
-    parameters = count_parameters(config.model)
-    yield f"run {config.run_dir}: {config.model.form}, {parameters:,} parameters, seed {config.seed}"
+    device = device or device_here()
     group = config.engine.tensor_parallel * config.engine.sequence_parallel
     ranks = ranks or group
+    check_engine(config.engine, device=device)
     check_ranks(config, ranks)
     check_batches(config, ranks // group)
+    parameters = count_parameters(config.model)
+    yield f"run {config.run_dir}: {config.model.form}, {parameters:,} parameters, seed {config.seed}"
     warnings: list[str] = []
     newest = newest_checkpoint(Path(config.run_dir), warnings.append)
     origin = find_origin(config, Path(config.run_dir), newest, resume=resume, warn=warnings.append)
@@ -281,7 +286,7 @@ def plan_text(config: RunConfig, *, resume: bool = True, ranks: int | None = Non
             yield from (f"  {line}" for line in (*_reading(record), *packed.get(index, ())))
         yield from (f"  warning: {line}" for line in warned.get(index, []))
     yield f"{total:,} tokens, {all_steps:,} steps, {flops:.3g} FLOPs in all"
-    yield from memory_lines(config, ranks)
+    yield from memory_lines(config, ranks, device)
 
 
 def phase_line(config: RunConfig, index: int, steps: int, *, done: bool) -> str:

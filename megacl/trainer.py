@@ -25,7 +25,7 @@ from megacl.data.provide import missing_sources, provide_sources
 from megacl.data.source import Source
 from megacl.data.store import wanted_until
 from megacl.data.stream import PhaseStream
-from megacl.engine import Engine, build_engine
+from megacl.engine import Engine, build_engine, check_engine, device_here
 from megacl.errors import DataError, DivergedError, MegaclError, StoppedError
 from megacl.evaluate import EvaluationStopped, evaluate_sources, sources_of
 from megacl.guard import Guard
@@ -62,6 +62,8 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
     )
     try:
         with StopSignal() as stop, wanted_until(lambda: stop.received), contextlib.ExitStack() as until_the_end:
+            with ranks.together():
+                check_engine(config.engine, device=device_here())
             ranks = ranks.arrange(
                 tensor_parallel=config.engine.tensor_parallel, sequence_parallel=config.engine.sequence_parallel
             )

@@ -170,6 +170,51 @@ def test_a_dry_run_says_what_a_rank_takes(prepared: Prepared, tmp_path: Path, ca
     assert re.search(r"[0-9.]+ GB at most \(\w+\), without Python and its libraries; this \w+ has [0-9.]+ GB", out)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_dry_run_plans_for_a_gpu_that_is_not_here(
+    prepared: Prepared, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = prepared.config_file(tmp_path / "run", engine={"kernels": {"swiglu": "triton"}, "precision": "bf16"})
+    status, out, _ = command_line(capsys, "train", config, "--dry-run", "--device", "cuda")
+    assert status == 0
+    assert re.search(r"[0-9.]+ GB at most \(\w+\), without Python and its libraries\n", out)
+    status, out, err = command_line(capsys, "train", config, "--dry-run", "--device", "cpu")
+    assert (status, out) == (2, "")
+    assert "engine.kernels.swiglu is 'triton', which cannot run here" in err
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run", "--device", "cpu"]])
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("{kernels: {swilu: triton}}", "engine.kernels names 'swilu', which is no op"),
+        ("{kernels: {swiglu: tritn}}", "engine.kernels.swiglu is 'tritn'; it must be one of"),
+        ("{kind: deepspeed, precision: fp16}", "engine.precision is fp16, which DeepSpeed does not run on this device"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused_before_data_is_looked_at(
+    prepared: Prepared,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    engine: str,
+    said: str,
+) -> None:
+    if "fp16" in engine:
+        if torch.cuda.is_available():
+            pytest.skip("a GPU computes in fp16")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        accelerator = pytest.importorskip("deepspeed").get_accelerator()
+        monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: False)  # some CPUs do
+    config = prepared.config_file(tmp_path / "run")
+    nowhere = "sources.english.path=nowhere"
+    status, out, err = command_line(capsys, "train", config, f"engine={engine}", nowhere, *options)
+    assert (status, out) == (2, "")
+    assert said in err
+
+
 @pytest.mark.parametrize(
     ("engine", "options", "said"),
     [
@@ -177,6 +222,7 @@ def test_a_dry_run_says_what_a_rank_takes(prepared: Prepared, tmp_path: Path, ca
         ({}, ["--dry-run", "--ranks", "2"], "engine.kind is native, which runs on one rank, and there are 2"),
         ({"kind": "deepspeed"}, ["--dry-run", "--ranks", "5"], "data-parallel size 5"),
         ({}, ["--ranks", "2"], "--ranks goes with --dry-run"),
+        ({}, ["--device", "cuda"], "--device goes with --dry-run"),
     ],
 )
 def test_ranks_that_cannot_share_a_run_are_refused_by_a_dry_run(

@@ -2,27 +2,37 @@
 
     engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=ranks)
     result = engine.step(batch.tokens, lr)
+    check_engine(config.engine, device=device_here())       # what would stop it, before there is a model
 
 Both give the same losses; a state exported from one is imported by the other, at any ZeRO stage and number of ranks.
 """
 
 from collections.abc import Mapping
-from typing import Literal
-
-import torch
 
 from megacl.config import EngineConfig, OptimizerConfig
-from megacl.engine.arithmetic import set_arithmetic
+from megacl.engine import adapter
+from megacl.engine.arithmetic import Device, device_here, set_arithmetic
 from megacl.engine.base import Engine, StepResult
 from megacl.engine.native import NativeEngine
 from megacl.engine.zero import DeepSpeedEngine
-from megacl.kernels import choose_kernels
+from megacl.kernels import choices_of_kernels, choose_kernels
 from megacl.model.checkpointing import FULL, SELECTIVE, Checkpointing
 from megacl.model.gpt import GPT
 from megacl.parallel.apply import apply_sequence_parallel, apply_tensor_parallel, parallel_kernels
 from megacl.parallel.ranks import Ranks
 
-__all__ = ["Engine", "StepResult", "build_engine"]
+__all__ = ["Device", "Engine", "StepResult", "build_engine", "check_engine", "device_here"]
+
+
+def check_engine(engine: EngineConfig, *, device: Device) -> None:
+    """Raises ConfigError or LaunchError where the settings name kernels or a precision that `device` has not.
+
+    It may be a GPU that is not here. `build_engine` refuses the same, but late in a run's start.
+    """
+    half = engine.precision in ("bf16", "fp16")
+    choices_of_kernels(device=device, half=half, compiled=engine.compile, overrides=engine.kernels)
+    if device == "cpu" and engine.kind == "deepspeed" and engine.precision == "fp16":
+        adapter.check(engine)
 
 
 def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig, ranks: Ranks) -> Engine:
@@ -36,7 +46,7 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
         raise ValueError(
             f"{ranks} for tensor_parallel {engine.tensor_parallel}, sequence_parallel {engine.sequence_parallel}"
         )
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_here()
     set_arithmetic(engine, device=device, warn=ranks.rank == 0)
     ops = choose_kernels(
         device=device,

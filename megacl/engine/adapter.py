@@ -45,11 +45,8 @@ BUCKET = 50_000_000
 """Elements that DeepSpeed sends at a time: a tenth of its default, whose buffers alone are gigabytes."""
 
 
-def start(config: EngineConfig, ranks: Ranks) -> None:
-    """Readies DeepSpeed for `partition` and `initialize`: its process group, and what it must leave alone.
-
-    Raises LaunchError where DeepSpeed is missing, of another minor version, or cannot compute in config.precision.
-    """
+def check(config: EngineConfig) -> None:
+    """Raises LaunchError where DeepSpeed is missing, of another minor version, or has not config.precision."""
     try:
         found = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
@@ -60,6 +57,21 @@ def start(config: EngineConfig, ranks: Ranks) -> None:
         )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls collectives by names that newer versions of torch warn about.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+        raise LaunchError("engine.precision is fp16, which DeepSpeed does not run on this device; use fp32 or bf16.")
+
+
+def start(config: EngineConfig, ranks: Ranks) -> None:
+    """Readies DeepSpeed for `partition` and `initialize`: its process group, and what it must leave alone.
+
+    Raises LaunchError as `check` does.
+    """
+    check(config)
     if not dist.is_initialized():  # one rank, without a launcher: no port is needed to meet oneself
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -68,13 +80,8 @@ def start(config: EngineConfig, ranks: Ranks) -> None:
             world_size=ranks.world_size,
         )
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
-    # DeepSpeed calls collectives by names that newer versions of torch warn about.
-    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
-        raise LaunchError("engine.precision is fp16, which DeepSpeed does not run on this device; use fp32 or bf16.")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     groups = deepspeed.utils.groups

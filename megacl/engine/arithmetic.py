@@ -14,8 +14,15 @@ import torch
 
 from megacl.config import EngineConfig
 
+Device = Literal["cpu", "cuda"]
 
-def set_arithmetic(config: EngineConfig, *, device: Literal["cpu", "cuda"], warn: bool = True) -> None:
+
+def device_here() -> Device:
+    """What an engine of this process computes on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def set_arithmetic(config: EngineConfig, *, device: Device, warn: bool = True) -> None:
     """Sets how fp32 matrix products are computed, and whether only deterministic operations may run.
 
     On a CPU it warns, with `warn`, of a precision that changes nothing there, or that is slower than fp32 on this one.
