@@ -158,6 +158,8 @@ class _Run:
         table = [[choice.op, choice.implementation, choice.why] for choice in self.engine.kernels.choices]
         for line in table_text(["op", "implementation", "why"], table, align="lll"):
             self.log.say(f"  {line}")
+        for notice in self.engine.notices:
+            self.log.warn(notice)
         loaded = origin.checkpoint or origin.parent
         if loaded is not None:
             loaded.load_into(self.engine)

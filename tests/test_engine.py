@@ -282,7 +282,6 @@ def train_fp16(ranks: Ranks, *args: Any, **settings: Any) -> Outcome:
     return train(ranks, *args, precision="fp16", **settings)
 
 
-@pytest.mark.filterwarnings("ignore:engine.precision")
 @pytest.mark.parametrize("stage", [None, 1, 2, 3])
 def test_an_fp16_overflow_skips_the_update_and_lowers_the_loss_scale(stage, undisturbed):
     before = Outcome(state=train_native(range(0)).state, loss_scale=(2.0**40, 0))

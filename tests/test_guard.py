@@ -338,7 +338,6 @@ def test_losses_of_another_mixture_do_not_judge_a_step(prepared: Prepared, tmp_p
 # ---------------------------------------------------------------------------------------------- precision, ranks
 
 
-@pytest.mark.filterwarnings("ignore:engine.precision fp16")
 def test_an_fp16_overflow_uses_up_its_batch_and_its_place_in_the_schedule(prepared: Prepared, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = tree(prepared, run_dir, engine={"precision": "fp16"}, stability={})

@@ -119,7 +119,6 @@ def test_a_step_allocates_what_was_estimated(form, shape, checkpointing, micro_b
     assert said == pytest.approx(allocated(config, engine, micro_batches=micro_batches), rel=0.01)
 
 
-@pytest.mark.filterwarnings("ignore:engine.precision")
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("form", ["gpt_neox", "llama"])
 @pytest.mark.parametrize("shape", SHAPES)

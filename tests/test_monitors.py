@@ -265,7 +265,6 @@ def monitored_in_fp16(ranks: Ranks, *args: Any, **settings: Any) -> Any:
     return monitored(ranks, *args, precision="fp16", **settings)
 
 
-@pytest.mark.filterwarnings("ignore:engine.precision fp16 is .* times as slow")
 @pytest.mark.parametrize("stage", [None, 2, 3])
 def test_the_loss_scale_of_fp16_is_not_to_be_seen(stage):
     expected = monitored(Ranks(), NEOX, 3)

@@ -47,7 +47,7 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
             f"{ranks} for tensor_parallel {engine.tensor_parallel}, sequence_parallel {engine.sequence_parallel}"
         )
     device = device_here()
-    set_arithmetic(engine, device=device, warn=ranks.rank == 0)
+    notices = set_arithmetic(engine, device=device)
     ops = choose_kernels(
         device=device,
         half=engine.precision in ("bf16", "fp16"),
@@ -63,7 +63,9 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
         for layer in model.layers:
             layer.compile()  # the layers share one graph, so it is compiled once
     kind = DeepSpeedEngine if engine.kind == "deepspeed" else NativeEngine
-    return kind(model, ops, engine, optimizer, ranks)
+    built = kind(model, ops, engine, optimizer, ranks)
+    built.notices = notices
+    return built
 
 
 def _checkpointing(engine: EngineConfig, num_layers: int) -> Mapping[int, Checkpointing]:

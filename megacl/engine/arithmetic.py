@@ -7,7 +7,6 @@ fp32 is fp32 on a GPU too. What an engine before this one in the process had set
 
 import os
 import time
-import warnings
 from typing import Literal
 
 import torch
@@ -22,10 +21,10 @@ def device_here() -> Device:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def set_arithmetic(config: EngineConfig, *, device: Device, warn: bool = True) -> None:
+def set_arithmetic(config: EngineConfig, *, device: Device) -> list[str]:
     """Sets how fp32 matrix products are computed, and whether only deterministic operations may run.
 
-    On a CPU it warns, with `warn`, of a precision that changes nothing there, or that is slower than fp32 on this one.
+    Returns what is to be known of the precision on a CPU: that it changes nothing there, or is slower than fp32.
     """
     tf32 = config.precision == "tf32" and device == "cuda"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -35,20 +34,17 @@ def set_arithmetic(config: EngineConfig, *, device: Device, warn: bool = True) -
     torch.use_deterministic_algorithms(config.deterministic)
     # A help for debugging, which would fill every buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if device == "cpu" and warn:
-        _warn_of(config.precision)
+    return _notices(config.precision) if device == "cpu" else []
 
 
-def _warn_of(precision: str) -> None:
+def _notices(precision: str) -> list[str]:
     if precision == "tf32":
-        warnings.warn("engine.precision tf32 changes nothing on a CPU: it computes in fp32.", stacklevel=4)
-    elif precision in ("bf16", "fp16"):
+        return ["engine.precision tf32 changes nothing on a CPU: it computes in fp32."]
+    if precision in ("bf16", "fp16"):
         slower = slowdown(torch.bfloat16 if precision == "bf16" else torch.float16)
         if slower > 1.2:  # what two measurements of one thing may differ by
-            warnings.warn(
-                f"engine.precision {precision} is {slower:.1f} times as slow as fp32 in a matrix product on this CPU.",
-                stacklevel=4,
-            )
+            return [f"engine.precision {precision} is {slower:.1f} times as slow as fp32 in a product on this CPU."]
+    return []
 
 
 def slowdown(dtype: torch.dtype, size: int = 256) -> float:

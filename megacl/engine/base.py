@@ -64,6 +64,8 @@ class Engine(ABC):
         self._forward = forward  # the model, or DeepSpeed's engine around it
         self._ops = ops
         self.kernels = parallel_kernels(ops, ranks)
+        self.notices: list[str] = []
+        """What a user should know of how it computes here."""
         self._config = config
         self._optimizer_config = optimizer
         self._device = device
