@@ -14,6 +14,7 @@ only at the operators whose results it keeps.
 
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -66,6 +67,13 @@ def _keep_products() -> Contexts:
     return _Keep(results), _GiveBack(results)
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """In place of a result that nobody will read: what is given back has its shape."""
+
+    shape: torch.Size
+
+
 class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, results: deque[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -77,7 +85,7 @@ class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = operator(*args, **(kwargs or {}))
         if operator.name() in KEPT:
             if operator.name() == _SUM:  # of the product before it, whose result nobody reads then
-                self._results[-1] = self._results[-1].shape
+                self._results[-1] = _Unread(self._results[-1].shape)
             self._results.append(tree_map_only(Tensor, Tensor.detach, result))  # with its graph it would hold itself
         return result
 
@@ -108,5 +116,5 @@ class _GiveBack(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._results and operator.name() in KEPT:
             kept = self._results.popleft()
-            return args[0].new_empty(kept) if isinstance(kept, torch.Size) else kept
+            return args[0].new_empty(kept.shape) if isinstance(kept, _Unread) else kept
         return operator(*args, **(kwargs or {}))
