@@ -34,7 +34,7 @@ from megacl.log import RunLog, table_text
 from megacl.model.gpt import build_model, count_parameters
 from megacl.optimizer import decayed_part
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
-from megacl.plan import begin_phase, check_batches, check_phases, open_phase, schedule_of
+from megacl.plan import begin_phase, check_batches, check_phases, check_ranks, open_phase, schedule_of
 from megacl.publish import alone_in, publish_text, sweep_unfinished
 from megacl.records import record_evaluation, record_step
 from megacl.resume import Found, find_inputs, find_origin, open_sources
@@ -64,6 +64,7 @@ def train(config: RunConfig, *, resume: bool = True) -> Outcome:
         with StopSignal() as stop, wanted_until(lambda: stop.received), contextlib.ExitStack() as until_the_end:
             with ranks.together():
                 check_engine(config.engine, device=device_here())
+                check_ranks(config, ranks.world_size)
             ranks = ranks.arrange(
                 tensor_parallel=config.engine.tensor_parallel, sequence_parallel=config.engine.sequence_parallel
             )

@@ -402,6 +402,15 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in tf32")
+def test_a_run_begins_with_what_is_to_be_known_of_its_precision(
+    prepared: Prepared, tmp_path: Path, capsys: Capture
+) -> None:
+    config = prepared.config_file(tmp_path / "run")
+    _, _, err = command_line(capsys, "train", config, "engine.precision=tf32")
+    assert "\nwarning: engine.precision tf32 changes nothing on a CPU: it computes in fp32.\n" in err
+
+
 def test_a_run_directory_of_another_configuration_is_refused(run: Path, prepared: Prepared, capsys: Capture) -> None:
     config = prepared.config_file(run)
     assert "holds a run with seed 0, and this configuration has 3" in refusal(capsys, "train", config, "seed=3")
