@@ -280,10 +280,8 @@ def _open_model(reference: str) -> "Iterator[tuple[Checkpoint, Engine, Ranks]]":
     """
     import dataclasses
 
-    import torch
-
     from megacl.checkpoint import find_checkpoint, open_checkpoint
-    from megacl.engine import build_engine
+    from megacl.engine import build_engine, device_here
     from megacl.model.gpt import build_model
     from megacl.parallel.ranks import start_ranks, stop_ranks
 
@@ -299,7 +297,7 @@ def _open_model(reference: str) -> "Iterator[tuple[Checkpoint, Engine, Ranks]]":
             sequence_parallel=1,
             kernels={},  # they were named for the machine that trained
         )
-        if not torch.cuda.is_available():  # nor do 16 bits and compiling pay on a CPU
+        if device_here() == "cpu":  # nor do 16 bits and compiling pay on a CPU
             how = dataclasses.replace(how, precision="fp32", compile=False)
         ranks = ranks.arrange(tensor_parallel=how.tensor_parallel, sequence_parallel=1)
         model = build_model(config.model, seed=config.seed, device="meta")

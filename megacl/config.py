@@ -151,6 +151,11 @@ class EngineConfig:
     """Compares checksums of the weights that ranks hold alike, and names a rank that has others."""
     timeout: Annotated[float, Field(gt=0, description="seconds after which a silent rank is given up")] = 600.0
 
+    @property
+    def half(self) -> bool:
+        """Whether matrix products are of values of 16 bits."""
+        return self.precision in ("bf16", "fp16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StabilityConfig:
@@ -308,7 +313,7 @@ class RunConfig:
                         f"engine.activation_checkpointing names layer {layer}; "
                         f"the model has layers 0 to {self.model.num_layers - 1}."
                     )
-        if engine.kind == "deepspeed" and engine.precision in ("bf16", "fp16") and engine.zero_stage == 0:
+        if engine.kind == "deepspeed" and engine.half and engine.zero_stage == 0:
             raise ConfigError(
                 f"engine.zero_stage is 0 with engine.precision {engine.precision}; DeepSpeed takes one step too many "
                 "there, so use zero_stage 1."

@@ -121,8 +121,8 @@ def estimate_memory(
 
 def _sizes(model: ModelConfig, engine: EngineConfig, *, seq_length: int, micro_batch_size: int) -> Sizes:
     """What a micro batch measures on one rank. DeepSpeed computes all in 16 bits, autocast only matrix products."""
-    cut, half = engine.tensor_parallel, engine.precision in ("bf16", "fp16")
-    stored = 2 if half and engine.kind == "deepspeed" else WIDE
+    cut = engine.tensor_parallel
+    stored = 2 if engine.half and engine.kind == "deepspeed" else WIDE
     return Sizes(
         rows=micro_batch_size,
         length=seq_length // engine.sequence_parallel,
@@ -132,7 +132,7 @@ def _sizes(model: ModelConfig, engine: EngineConfig, *, seq_length: int, micro_b
         heads=model.num_attention_heads // cut,
         mlp=model.mlp_size // cut,
         vocab=model.vocab_size // cut,
-        value=2 if half else WIDE,
+        value=2 if engine.half else WIDE,
         stream=stored,
         weight=stored,
     )
@@ -140,8 +140,7 @@ def _sizes(model: ModelConfig, engine: EngineConfig, *, seq_length: int, micro_b
 
 def _implementations(engine: EngineConfig, *, device: str) -> Mapping[str, str]:
     """The implementation of each op, by name."""
-    half = engine.precision in ("bf16", "fp16")
-    choices = choices_of_kernels(device=device, half=half, compiled=engine.compile, overrides=engine.kernels)
+    choices = choices_of_kernels(device=device, half=engine.half, compiled=engine.compile, overrides=engine.kernels)
     return {choice.op: choice.implementation for choice in choices}
 
 
@@ -212,15 +211,8 @@ class _Walk:
 
     def at_loss(self, held: Held) -> Moment:
         """While the loss is computed, when all layers were gone through."""
-        return Moment(
-            "loss",
-            parameters=held.parameters,
-            optimizer=held.optimizer,
-            gradients=held.between,
-            activations=self.kept - self.loss.keeps + sum(layer.casts for layer in self.layers),
-            loss=self.loss.keeps + self.loss.forward,
-            communication=held.gathered,
-        )
+        loss = self.loss.keeps + self.loss.forward
+        return replace(self.forward(held), when="loss", loss=loss, communication=held.gathered)
 
     def backward(self, held: Held) -> Moment:
         """Where the backward pass takes most: activations go as gradients come."""

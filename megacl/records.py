@@ -24,7 +24,7 @@ def record_step(
     waited: float,
     targets: int | None,
 ) -> None:
-    """Records the step after which the lineage is as given.
+    """Records the step after which the lineage is as given, and what was seen inside it.
 
     step, total_steps: of the run. begun: how many of the lineage's phases are the run's. seconds: inside the engine.
     waited: seconds for its batch. targets: of the global batch, where it may hold padding.
@@ -50,6 +50,8 @@ def record_step(
         flops_per_second=flops,
         **({} if targets is None else {"real_tokens": targets}),
     )
+    if result.monitors is not None:
+        log.record("monitor", step=step, phase=phase.name, log_z=result.log_z, **result.monitors.record())
     text = f"{phase.name}  loss {result.loss:.4f}  lr {lr:.3g}  {rate:,.0f} tokens/s  {flops / 1e9:,.1f} GFLOP/s"
     log.progress(step, total_steps, text)
 

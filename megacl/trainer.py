@@ -342,12 +342,9 @@ class _Run:
             waited=waited,
             targets=targets,
         )
-        if result.monitors is not None:
-            values = {"step": self.step, "phase": record.name, "log_z": result.log_z, **result.monitors.record()}
-            self.log.record("monitor", **values)
-            if not self.alarmed and (alarm := result.monitors.alarm()):
-                self.alarmed = True
-                self.log.warn(f"step {self.step}: {alarm}")
+        if result.monitors is not None and not self.alarmed and (alarm := result.monitors.alarm()):
+            self.alarmed = True
+            self.log.warn(f"step {self.step}: {alarm}")
         self.guard.judge(result, self.step, self._last_good())  # at last, so that a step that ends the run is recorded
 
     def _evaluate_if_due(self, phase: PhaseConfig, sources: Mapping[str, Source], *, ended: bool) -> None:

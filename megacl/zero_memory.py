@@ -69,7 +69,7 @@ def held_by(engine: EngineConfig, *, weights: int, largest: int, ranks: int, acc
     zero = _Zero(
         weights=weights,
         largest=largest,
-        bytes=2 if engine.precision in ("bf16", "fp16") else FP32,
+        bytes=2 if engine.half else FP32,
         ranks=ranks,
         accumulates=accumulates,
         on_cpu=device == "cpu",

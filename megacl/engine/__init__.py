@@ -29,8 +29,7 @@ def check_engine(engine: EngineConfig, *, device: Device) -> None:
 
     It may be a GPU that is not here. `build_engine` refuses the same, but late in a run's start.
     """
-    half = engine.precision in ("bf16", "fp16")
-    choices_of_kernels(device=device, half=half, compiled=engine.compile, overrides=engine.kernels)
+    choices_of_kernels(device=device, half=engine.half, compiled=engine.compile, overrides=engine.kernels)
     if device == "cpu" and engine.kind == "deepspeed" and engine.precision == "fp16":
         adapter.check(engine)
 
@@ -48,13 +47,9 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
         )
     device = device_here()
     notices = set_arithmetic(engine, device=device)
-    ops = choose_kernels(
-        device=device,
-        half=engine.precision in ("bf16", "fp16"),
-        compiled=engine.compile,
-        overrides=engine.kernels,
-    )
-    model.use(parallel_kernels(ops, ranks))
+    ops = choose_kernels(device=device, half=engine.half, compiled=engine.compile, overrides=engine.kernels)
+    shared = parallel_kernels(ops, ranks)
+    model.use(shared)
     apply_tensor_parallel(model, ranks)
     apply_sequence_parallel(model, ranks)
     model.loss_chunk, model.z_loss = engine.loss_chunk, optimizer.z_loss
@@ -64,7 +59,7 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
             layer.compile()  # the layers share one graph, so it is compiled once
     kind = DeepSpeedEngine if engine.kind == "deepspeed" else NativeEngine
     built = kind(model, ops, engine, optimizer, ranks)
-    built.notices = notices
+    built.kernels, built.notices = shared, notices
     return built
 
 

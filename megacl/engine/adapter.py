@@ -125,7 +125,7 @@ def initialize(
         "zero_force_ds_cpu_optimizer": False,  # its own is built by a compiler; torch's is as good on a host
         "steps_per_print": sys.maxsize,
     }
-    if config.precision in ("bf16", "fp16"):
+    if config.half:
         # Left to itself, it adds micro batches up in fp32 at most, and averages over the ranks in 16 bits.
         settings |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     if config.precision == "bf16":

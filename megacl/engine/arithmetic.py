@@ -21,6 +21,11 @@ def device_here() -> Device:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """In which matrix products of that precision have their factors; tf32 is a way to multiply fp32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
 def set_arithmetic(config: EngineConfig, *, device: Device) -> list[str]:
     """Sets how fp32 matrix products are computed, and whether only deterministic operations may run.
 
@@ -34,14 +39,15 @@ def set_arithmetic(config: EngineConfig, *, device: Device) -> list[str]:
     torch.use_deterministic_algorithms(config.deterministic)
     # A help for debugging, which would fill every buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return _notices(config.precision) if device == "cpu" else []
+    return _notices(config) if device == "cpu" else []
 
 
-def _notices(precision: str) -> list[str]:
+def _notices(config: EngineConfig) -> list[str]:
+    precision = config.precision
     if precision == "tf32":
         return ["engine.precision tf32 changes nothing on a CPU: it computes in fp32."]
-    if precision in ("bf16", "fp16"):
-        slower = slowdown(torch.bfloat16 if precision == "bf16" else torch.float16)
+    if config.half:
+        slower = slowdown(dtype_of(precision))
         if slower > 1.2:  # what two measurements of one thing may differ by
             return [f"engine.precision {precision} is {slower:.1f} times as slow as fp32 in a product on this CPU."]
     return []

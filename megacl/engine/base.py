@@ -49,6 +49,11 @@ class StepResult:
 class Engine(ABC):
     """A model under training. With several ranks every method must be called on all of them, in the same order."""
 
+    kernels: Kernels
+    """What computes each op."""
+    notices: list[str]
+    """What a user should know of how it computes here."""
+
     def __init__(
         self,
         model: GPT,
@@ -62,10 +67,7 @@ class Engine(ABC):
     ) -> None:
         self._model = model
         self._forward = forward  # the model, or DeepSpeed's engine around it
-        self._ops = ops
-        self.kernels = parallel_kernels(ops, ranks)
-        self.notices: list[str] = []
-        """What a user should know of how it computes here."""
+        self._ops = ops  # of one device; the model may have others where ranks share its work
         self._config = config
         self._optimizer_config = optimizer
         self._device = device

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megacl.config import EngineConfig, OptimizerConfig
+from megacl.engine.arithmetic import device_here, dtype_of
 from megacl.engine.base import MOMENTS, Engine, StepResult, load_checked
 from megacl.engine.loss_scale import LossScale
 from megacl.engine.monitors import Slice
@@ -29,7 +30,7 @@ class NativeEngine(Engine):
                 f"engine.kind native runs on one device, and {ranks.world_size} ranks were started; "
                 "set engine.kind=deepspeed, or start one process."
             )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(device_here())
         if model.embed.weight.is_meta:
             model.materialize(device)
         super().__init__(model, model.to(device), ops, config, optimizer, device=device, ranks=ranks)
@@ -37,8 +38,7 @@ class NativeEngine(Engine):
         self._scale = LossScale() if config.precision == "fp16" else None
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._config.precision)
-        return torch.autocast(self._device.type, dtype, enabled=dtype is not None)
+        return torch.autocast(self._device.type, dtype_of(self._config.precision), enabled=self._config.half)
 
     @property
     def _adam(self) -> torch.optim.AdamW:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.engine import adapter
+from megacl.engine.arithmetic import dtype_of
 from megacl.engine.base import Engine, StepResult, load_checked
 from megacl.engine.loss_scale import too_small
 from megacl.engine.monitors import Slice
@@ -32,7 +33,7 @@ class DeepSpeedEngine(Engine):
         adapter.start(config, ranks)
         fresh = model.embed.weight.is_meta
         if fresh:
-            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+            dtype = dtype_of(config.precision)
 
             def finish(module: nn.Module) -> None:
                 if config.zero_stage == 3:
@@ -49,7 +50,7 @@ class DeepSpeedEngine(Engine):
             ranks=ranks,
         )
         self._shards = {name: shard for name, each in model.named_parameters() if (shard := shard_of(each))}
-        if fresh and dtype != torch.float32:  # the masters were made from the rounded weights
+        if fresh and config.half:  # the masters were made from the rounded weights
             adapter.import_parameters(
                 self._deepspeed, lambda name, shape: {"weight": self._part(name, model.initial(name))}, step=0
             )

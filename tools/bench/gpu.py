@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from megacl.config import EngineConfig, OptimizerConfig
-from megacl.engine import build_engine
+from megacl.engine import build_engine, device_here
 from megacl.memory import estimate_memory
 from megacl.model.config import ModelConfig
 from megacl.model.gpt import build_model, flops_per_token
@@ -54,24 +54,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 # ---------------------------------------------------------------------------------------------- in a process of its own
 
 
 def megacl_row(shape: dict[str, Any], micro_batch: int, *, compiled: bool) -> dict[str, float]:
     """Seconds of a step, bytes of tensors at its peak and as estimated; on a CPU memory is not measured."""
     config = ModelConfig(**shape["model"])
-    engine = EngineConfig(precision="bf16" if device() == "cuda" else "fp32", compile=compiled)
+    engine = EngineConfig(precision="bf16" if device_here() == "cuda" else "fp32", compile=compiled)
     built = build_engine(
         build_model(config, seed=0, device="meta"), engine=engine, optimizer=OptimizerConfig(), ranks=Ranks()
     )
     rows = torch.randint(0, config.vocab_size, (micro_batch, shape["seq_length"] + 1)).numpy()
     seconds = median_seconds(lambda: built.step(rows, 3e-4))
     estimate = estimate_memory(
-        config, engine, seq_length=shape["seq_length"], micro_batch_size=micro_batch, device=device()
+        config, engine, seq_length=shape["seq_length"], micro_batch_size=micro_batch, device=device_here()
     )
     return {"seconds": seconds, "estimated": estimate.peak.total, **peak_memory()}
 
@@ -90,13 +86,13 @@ def transformers_row(shape: dict[str, Any], micro_batch: int) -> dict[str, float
         max_position_embeddings=shape["seq_length"],
         use_cache=False,
     )
-    model = GPTNeoXForCausalLM(config).to(device())
+    model = GPTNeoXForCausalLM(config).to(device_here())
     forward = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    rows = torch.randint(0, model_shape["vocab_size"], (micro_batch, shape["seq_length"]), device=device())
+    rows = torch.randint(0, model_shape["vocab_size"], (micro_batch, shape["seq_length"]), device=device_here())
 
     def step() -> None:
-        with torch.autocast(device(), torch.bfloat16, enabled=device() == "cuda"):
+        with torch.autocast(device_here(), torch.bfloat16, enabled=device_here() == "cuda"):
             loss = forward(input_ids=rows, labels=rows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -118,23 +114,23 @@ def median_seconds(step: Callable[[], object]) -> float:
 
 
 def synchronize() -> None:
-    if device() == "cuda":
+    if device_here() == "cuda":
         torch.cuda.synchronize()
 
 
 def peak_memory() -> dict[str, float]:
-    return {"peak": torch.cuda.max_memory_allocated()} if device() == "cuda" else {}
+    return {"peak": torch.cuda.max_memory_allocated()} if device_here() == "cuda" else {}
 
 
 def all_reduce(rank: int, ranks: int, elements: int, port: int) -> None:
     """One rank of the last part; rank 0 prints its row."""
     import torch.distributed as dist
 
-    backend = "nccl" if device() == "cuda" else "gloo"
+    backend = "nccl" if device_here() == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    if device() == "cuda":
+    if device_here() == "cuda":
         torch.cuda.set_device(rank)
-    values = torch.ones(elements, device=device())
+    values = torch.ones(elements, device=device_here())
     seconds = median_seconds(lambda: dist.all_reduce(values))
     if rank == 0:
         bus = 2 * (ranks - 1) / ranks * values.nbytes / seconds
@@ -158,7 +154,7 @@ def one(*arguments: object) -> dict[str, Any]:
 
 def peak_flops() -> float | None:
     """Of the GPU here; None where its peak is not known."""
-    name = torch.cuda.get_device_name() if device() == "cuda" else ""
+    name = torch.cuda.get_device_name() if device_here() == "cuda" else ""
     return next((peak for part, peak in PEAK.items() if part in name), None)
 
 
@@ -190,7 +186,7 @@ def print_kernels(name: str) -> None:
 def print_all_reduce(name: str) -> None:
     import torch.multiprocessing as multiprocessing
 
-    ranks = torch.cuda.device_count() if device() == "cuda" else 2
+    ranks = torch.cuda.device_count() if device_here() == "cuda" else 2
     if ranks < 2:
         print("one GPU: no all-reduce")
         return
@@ -211,10 +207,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="405m")
     name = parser.parse_args().shape
-    if device() == "cpu" and name != "tiny":
+    if device_here() == "cpu" and name != "tiny":
         print("there is no GPU here; --shape tiny runs the same code on a CPU.", file=sys.stderr)
         sys.exit(2)
-    what = torch.cuda.get_device_name() if device() == "cuda" else "a CPU"
+    what = torch.cuda.get_device_name() if device_here() == "cuda" else "a CPU"
     print(f"{what}, PyTorch {torch.__version__}, {asdict(ModelConfig(**SHAPES[name]['model']))}\n")
     print_training(name)
     print(flush=True)

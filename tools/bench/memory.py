@@ -117,9 +117,8 @@ def measure(case: Case) -> int:
 
 def estimated(case: Case) -> tuple[int, str]:
     """Bytes at the peak that the model of memory says, and when that is."""
-    import torch
-
     from megacl.config import EngineConfig
+    from megacl.engine import device_here
     from megacl.memory import estimate_memory
     from megacl.model.config import ModelConfig
 
@@ -130,7 +129,7 @@ def estimated(case: Case) -> tuple[int, str]:
         micro_batch_size=case.micro_batch_size,
         micro_batches=case.micro_batches,
         ranks=case.ranks,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device_here(),
     ).peak
     return peak.total, peak.when
 
