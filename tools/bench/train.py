@@ -15,7 +15,9 @@ row says beside another is worth more than what it says alone: `to megacl` is ta
                        round: forward, gradient of the input, gradient of the weight, each into memory it had before
     peak MB            resident memory of the process at its highest
 
-`megacl` is the native engine, `bare loop` the same GPT, loss.backward, clip_grad_norm_ and AdamW(fused=True), no more.
+`megacl` is the native engine; `selective` and `full` are activation checkpointing, and each step of `monitored` is
+looked into, as `logging.monitor_every_steps` does it now and then. `bare loop` is the same GPT, loss.backward,
+clip_grad_norm_ and AdamW(fused=True), no more.
 All rows train a GPT-NeoX model of one shape in fp32, on random tokens, with as many threads.
 
 Then `loop`: `megacl train` as a whole (loader, metrics, lineage) beside the bare loop, step by step in one process, on
@@ -64,11 +66,15 @@ def steps_of(kind: str, shape: Shape, steps: int) -> dict[str, Any]:
         step = bare_step(model)
     else:
         model = build_model(model_of(shape), seed=0, device="meta")
-        engine = EngineConfig(kind="deepspeed" if "deepspeed" in kind else "native", compile="compile" in kind)
+        engine = EngineConfig(
+            kind="deepspeed" if "deepspeed" in kind else "native",
+            compile="compile" in kind,
+            activation_checkpointing="selective" if "selective" in kind else "full" if "full" in kind else "none",
+        )
         built = build_engine(model, engine=engine, optimizer=OptimizerConfig(), ranks=Ranks())
 
         def step(rows: Any) -> object:
-            return built.step(rows.numpy(), 3e-4)
+            return built.step(rows.numpy(), 3e-4, monitor="monitored" in kind)
 
     seconds, cpu = [], []
     for batch in rows:
@@ -257,8 +263,9 @@ def one(what: str, *arguments: object) -> Any:
 def rows_of(peers: Path | None) -> dict[str, Callable[[Shape, int], Any]]:
     """The table's rows: what measures each."""
     rows: dict[str, Callable[[Shape, int], Any]] = {}
-    for name in ("megacl", "megacl, compile", "megacl, deepspeed", "bare loop"):
-        rows[name] = functools.partial(_own_row, name)
+    for settings in ("", ", compile", ", deepspeed", ", selective", ", full", ", monitored"):
+        rows[f"megacl{settings}"] = functools.partial(_own_row, f"megacl{settings}")
+    rows["bare loop"] = functools.partial(_own_row, "bare loop")
     if peers is not None:
         for name in ("litgpt", "litgpt, compile", "transformers", "transformers, compile"):
             rows[name] = functools.partial(_peer_row, peers, name)
