@@ -88,29 +88,29 @@ def layer_ops(model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, copie
     copies: whether attention works on copies of queries, keys and values: of documents laid end to end, or of whole
     sequences that came from other ranks.
     """
-    parallel = model.form == "gpt_neox"
-    into_mlp = s.mlp if parallel else 2 * s.mlp
+    parallel, gelu = model.parallel, model.form == "gpt_neox"
+    into_mlp = s.mlp if gelu else 2 * s.mlp
     # The gradients that wait while a branch goes backward: that of the layer's output while the MLP does; then its sum
     # with what comes out of the MLP, beside which a parallel block still has the first, for its other branch.
     waiting = s.residual
+    qkv, out, mlp = model.qkv_biased, model.attention_out_biased, model.mlp_biased
     ops = [
         _norm(model, s, kernels, "attention_norm", keeps_input=True, waiting=waiting),
-        _linear(model, s, "qkv", s.hidden, s.queries + 2 * s.keys, waiting=waiting),
+        _linear(s, "qkv", s.hidden, s.queries + 2 * s.keys, bias=qkv, waiting=waiting),
         _head_norms(model, s, kernels, copies=copies, waiting=waiting),
         _attention(s, copies=copies, waiting=waiting),
-        _linear(model, s, "out", s.queries, s.hidden, waiting=2 * waiting if parallel else waiting),
+        _linear(s, "out", s.queries, s.hidden, bias=out, waiting=2 * waiting if parallel else waiting),
         _norm(model, s, kernels, "mlp_norm", keeps_input=not parallel, waiting=waiting),
-        _linear(model, s, "up" if parallel else "gate_up", s.hidden, into_mlp, waiting=waiting),
-        _gelu(s, waiting) if parallel else _swiglu(s, kernels, waiting),
-        _linear(model, s, "down", s.mlp, s.hidden, waiting=waiting),
+        _linear(s, "up" if gelu else "gate_up", s.hidden, into_mlp, bias=mlp, waiting=waiting),
+        _gelu(s, waiting) if gelu else _swiglu(s, kernels, waiting),
+        _linear(s, "down", s.mlp, s.hidden, bias=mlp, waiting=waiting),
     ]
     return [op for op in ops if op is not None]
 
 
-def _linear(model: ModelConfig, s: Sizes, name: str, inputs: int, outputs: int, *, waiting: int) -> Op:
+def _linear(s: Sizes, name: str, inputs: int, outputs: int, *, bias: bool, waiting: int) -> Op:
     """A linear layer keeps its input, and under autocast its weight in 16 bits."""
-    biases = outputs if model.form == "gpt_neox" else 0
-    weights = inputs * outputs + biases
+    weights = inputs * outputs + (outputs if bias else 0)
     return Op(
         name,
         keeps=s.values(inputs),

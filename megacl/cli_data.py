@@ -286,11 +286,11 @@ def plan(
     import dataclasses
     import json
 
-    from megacl.configfile import load_arguments
     from megacl.log import table_text
     from megacl.plan import phase_line, plan_data
+    from megacl.starting import load_run
 
-    run = load_arguments(config)
+    run = load_run(config)
     of_the_run, phases = plan_data(run)
     if json_output:
         trees = [

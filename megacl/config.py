@@ -1,18 +1,19 @@
 """The schema of a run: frozen data, no torch. configfile.py reads it from files and writes it back.
 
 What follows from a setting is a property, never a second setting. Every rule that ties two settings together stands
-here, in `RunConfig.check`; rules for one setting stand in its type. What a phase is stands in config_phase.py.
+here, in `RunConfig.check`; rules for one setting stand in its type. What a phase is stands in config_phase.py, what
+data is in config_data.py, when to save and what to keep in config_checkpoint.py.
 """
 
 import itertools
 import math
-import re
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from megacl.config_checkpoint import CheckpointConfig
+from megacl.config_data import CacheConfig, SourceConfig, TokenizerConfig
 from megacl.config_phase import (
     MAX_TOKENS,
     BatchSize,
@@ -25,78 +26,6 @@ from megacl.config_phase import (
 )
 from megacl.errors import ConfigError
 from megacl.model.config import STRICT, ModelConfig
-
-# ---------------------------------------------------------------------------------------------- data
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """The tokenizer: a SentencePiece .model file, a Hugging Face tokenizer.json, or a folder that holds one."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    path: str
-    train: "TokenizerTraining | None" = None
-    """How to make it where `path` does not exist yet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerTraining:
-    """A SentencePiece model with byte fallback, trained on raw documents."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    documents: tuple[str, ...]
-    vocab_size: Annotated[int, Field(ge=300, description="the number of pieces, the 256 bytes included")]
-    model_type: Literal["bpe", "unigram"] = "bpe"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """One source of tokens: a folder that `megacl prepare` wrote."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    path: str
-    """A folder, or the URL of one on a store, s3://bucket/folder, which is read through `cache`."""
-    generation: Annotated[int, Field(ge=1, description="a state of the source's manifest")] | None = None
-    """Null: the newest one when the run begins; from then on the run keeps it."""
-    since: Annotated[int, Field(ge=0, description="an earlier generation, whose data is left out")] = 0
-    """0: nothing is left out."""
-    window: Annotated[int, Field(ge=1, description="shards in a window of the order")] | None = None
-    """Null: a permutation of all sequences. N: shards in random order, a permutation inside every N of them."""
-    documents: tuple[str, ...] | None = None
-    """Raw documents to prepare first where `path` does not exist yet."""
-    validation: Annotated[float, Field(ge=0, lt=1, description="the part of the documents that is held out")] = 0.01
-
-
-def _check_size(value: object) -> object:
-    if isinstance(value, str) and _SIZE.fullmatch(value) is None:
-        raise ValueError('it must be a number of bytes, such as "500 MB", "100 GB" or "2 TB"')
-    return value
-
-
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>MB|GB|TB)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig:
-    """Where whole shards of sources on a store are kept: on a local disk, for all processes of a machine."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    path: Annotated[str, Field(min_length=1, description="a folder on a local disk")]
-    size: Annotated[str, BeforeValidator(_check_size)]
-    """Bytes that its shards may take, "100 GB": the least recently used are deleted."""
-    patience: Annotated[float, Field(gt=0, description="seconds for which a store that fails is tried again")] = 120.0
-
-    @property
-    def bytes(self) -> int:
-        """The size in bytes; a GB has 10^9."""
-        match = _SIZE.fullmatch(self.size)
-        assert match is not None, "checked when the configuration was loaded"
-        return int(Fraction(match["number"]) * {"MB": 10**6, "GB": 10**9, "TB": 10**12}[match["unit"]])
-
 
 # ---------------------------------------------------------------------------------------------- training
 
@@ -140,7 +69,8 @@ class EngineConfig:
     ) = "none"
     """full: layers keep their inputs alone. selective: what is cheap to compute is not kept. [0, 2]: full in those."""
     compile: bool = False
-    loss_chunk: Annotated[int, Field(ge=1, description="tokens whose logits exist at one time")] = 1024
+    loss_chunk: Annotated[int, Field(ge=1, description="tokens whose logits exist at one time")] | None = None
+    """Null: 1024 on a GPU, 256 on a CPU, which gains nothing by more."""
     kernels: dict[str, str] = field(default_factory=dict)
     """The implementation of an op, {rms_norm: reference}, where it is not to be chosen by what is here."""
     deterministic: bool = False
@@ -150,6 +80,10 @@ class EngineConfig:
     ) = None
     """Compares checksums of the weights that ranks hold alike, and names a rank that has others."""
     timeout: Annotated[float, Field(gt=0, description="seconds after which a silent rank is given up")] = 600.0
+    rendezvous_timeout: Annotated[
+        float, Field(gt=0, description="seconds that ranks wait for one another to start")
+    ] = 180.0
+    """Counted on each rank from when it has started; who has not come by then is named, and the run ends."""
 
     @property
     def half(self) -> bool:
@@ -169,17 +103,6 @@ class StabilityConfig:
     skip: Annotated[int, Field(ge=0, description="how many updates in a row may be skipped")] = 0
     go_back: Annotated[int, Field(ge=0, description="how often a run may go back to its last checkpoint")] = 0
     """After more than `skip` in a row: the data since that checkpoint is passed over."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When to save. A checkpoint is also saved at each phase's end and when the run is told to stop."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    every_steps: Annotated[int, Field(ge=1, description="optimizer steps between two checkpoints")] | None = None
-    keep_last: Annotated[int, Field(ge=1, description="how many checkpoints inside a phase to keep")] | None = 2
-    """Ends of phases are always kept; null keeps everything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +154,7 @@ class RunConfig:
     packing: Literal["cut", "best_fit"] = "cut"
     """cut: sequences are cut where they fall; best_fit: documents that fit stay whole, and the rest is padding."""
     start_from: str | None = None
-    """A model to go on from, weights and history: RUN, RUN@PHASE, RUN@STEP, or a checkpoint's folder."""
+    """A model to go on from, weights and history: RUN, RUN@PHASE, RUN@STEP, RUN@NAME, or a checkpoint's folder."""
     cache: CacheConfig | None = None
     """Needed where a source's path is a URL."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -262,7 +185,11 @@ class RunConfig:
         problem = self.model.problem()
         if problem:
             raise ConfigError(f"model.{problem}.")
-        if not self.phases:
+        if self.tokenizer and self.tokenizer.new_rows and self.start_from is None:
+            raise ConfigError(
+                "tokenizer.new_rows is set without start_from, and it is of a model that is extended; leave it out."
+            )
+        if not self.phases and self.sources:  # without both it is a model's that was converted, which no run trained
             raise ConfigError("phases is empty; a run needs at least one phase.")
         for name, source in self.sources.items():
             if "://" in source.path and self.cache is None:
@@ -296,6 +223,8 @@ class RunConfig:
                 "stability.go_back is set, and no checkpoints are saved inside a phase to go back to; "
                 "set checkpoint.every_steps."
             )
+        if problem := self.checkpoint.problem(evaluated_every=self.evaluation.every_steps):
+            raise ConfigError(f"checkpoint.{problem}.")
 
     def _check_engine(self) -> None:
         engine = self.engine
@@ -363,6 +292,15 @@ class RunConfig:
         mixtures = {f"{where}.mixture": phase.mixture}
         for index, change in enumerate(phase.mixture_changes):
             mixtures[f"{where}.mixture_changes[{index}].mixture"] = change.mixture
+        if phase.continues:
+            if phase.mixture or phase.mixture_changes:
+                raise ConfigError(
+                    f"{where}.mixture is given, and continues is true, which is to go on with the mixture of the phase "
+                    "before; leave one of them out."
+                )
+            if not earlier and self.start_from is None:
+                raise ConfigError(f"{where}.continues is true, and this is the model's first phase; give a mixture.")
+            mixtures = {}
         for key, names in mixtures.items():
             if not names:
                 raise ConfigError(f"{key} is empty; it must name at least one source and its weight.")
@@ -386,6 +324,11 @@ class RunConfig:
             raise ConfigError(
                 f"global_batch_size of {where} is {self.batch_size_of(phase)}; "
                 f"it must be a multiple of engine.micro_batch_size, {micro}."
+            )
+        if phase.reptile is not None and phase.reptile.every_steps > self.steps_of(phase):
+            raise ConfigError(
+                f"{where}.reptile.every_steps is {phase.reptile.every_steps:,}, and the phase has "
+                f"{self.steps_of(phase):,} steps, so that there would be no move; make it less, or leave reptile out."
             )
         self._check_schedule(f"{where}.schedule", phase, first=not earlier)
         self._check_changes(where, phase)

@@ -1,4 +1,4 @@
-"""The schema of a phase: its mixture, budget, schedule and replay. Frozen data; config.py has the rest of a run.
+"""The schema of a phase: mixture, budget, schedule, replay, Reptile. Frozen data; config.py has the rest of a run.
 
 Rules for one setting stand in its type, rules that tie a phase's settings together in `RunConfig.check`.
 """
@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -124,6 +124,24 @@ class WarmupStableDecaySchedule(Decay):
     shape: Literal["linear", "1-sqrt"] = "linear"
 
 
+AnnealShape = Literal["exponential", "linear", "cosine", "1-sqrt"]
+"""How the rate of a release falls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnealSchedule(Decay):
+    """From the rate at which the last phase ended to min_lr: what makes a release of a trunk."""
+
+    kind: Literal["anneal"]
+    max_lr: Rate | Literal["last"] = "last"
+    warmup: Length = "0 steps"
+    shape: AnnealShape = "exponential"
+
+    @property
+    def keeps_optimizer_state(self) -> bool:
+        return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class InverseSqrtSchedule(_Schedule):
     """max_lr sqrt(t_w / t), t_w being the warm-up's length."""
@@ -166,6 +184,7 @@ ScheduleConfig = Annotated[
     | LinearSchedule
     | CosineSchedule
     | WarmupStableDecaySchedule
+    | AnnealSchedule
     | InverseSqrtSchedule
     | RexSchedule
     | InfiniteSchedule,
@@ -184,6 +203,8 @@ def misfit(schedule: ScheduleConfig, *, phase_steps: int, tokens_per_step: int) 
         )
     if isinstance(schedule, InverseSqrtSchedule) and not parts["warmup"]:
         return f".warmup is {schedule.warmup!r}; inverse_sqrt needs at least one step of it."
+    if isinstance(schedule, AnnealSchedule) and schedule.shape == "exponential" and schedule.min_lr == 0:
+        return ".min_lr is 0, which an exponential anneal never reaches; give a rate above 0, or another shape."
     if isinstance(schedule, Decay) and (parts["warmup"] == phase_steps or parts.get("decay") == 0):
         return f" has no step left to decay in: the phase has {phase_steps}; shorten the warm-up."
     return None
@@ -258,6 +279,27 @@ class ReplayConfig:
         return None
 
 
+# ---------------------------------------------------------------------------------------------- a phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReptileConfig:
+    """After every k-th step of the phase, weights <- anchor + epsilon (weights - anchor), which is the next anchor.
+
+    The first anchor is what the phase began with (Reptile, arXiv 1803.02999; with replay it is MER, arXiv 2508.01908).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    every_steps: Annotated[int, Field(ge=1, le=2**40, description="k, the optimizer steps between two moves")]
+    epsilon: Annotated[float, Field(gt=0, le=1, description="the part of the way from the anchor that is kept")]
+
+    @property
+    def words(self) -> str:
+        """It in words, for lines that people read."""
+        return f"Reptile every {self.every_steps:,} steps, epsilon {self.epsilon:g}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
     """One stretch of training: a mixture, a budget, a schedule, a replay share."""
@@ -265,8 +307,11 @@ class PhaseConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the phase's name")]
-    mixture: dict[str, Weight]
+    mixture: dict[str, Weight] = field(default_factory=dict)
     schedule: ScheduleConfig
+    continues: bool = False
+    """True, and no mixture: the samples are those that the phase before would have read next, of its mixture, with the
+    changes that it has still to come, and of its replay, which is given again."""
     weights_by: Literal["given", "tokens", "documents"] = "given"
     """What a source's number in a mixture multiplies: 1, its training tokens, or its training documents."""
     temperature: Annotated[float, Field(gt=0, description="the root that is taken of weights")] = 1.0
@@ -277,8 +322,13 @@ class PhaseConfig:
     tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS, description="the phase's budget in tokens")] | None = None
     steps: Annotated[int, Field(ge=1, le=2**40, description="the phase's budget in optimizer steps")] | None = None
     replay: ReplayConfig | None = None
-    optimizer_state: Literal["keep", "reset"] | None = None
-    """Null: kept by constant and infinite schedules, reset by those that warm up again."""
+    reptile: ReptileConfig | None = None
+    optimizer_state: Literal["keep", "reset", "reset_step"] | None = None
+    """What becomes of Adam's moments and count of updates. reset_step keeps the moments and counts from 0 again.
+
+    Null: kept by constant and infinite schedules, reset by those that warm up again. megacl/handover.py has the
+    arithmetic.
+    """
     seq_length: SeqLength | None = None
     global_batch_size: BatchSize | None = None
 

@@ -16,33 +16,40 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megacl.config import RunConfig
+from megacl.config_cluster import ClusterConfig
 from megacl.config_phase import PhaseConfig, nearest
 from megacl.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, with two changes: 3e-4 is a number, and a key that stands twice is an error."""
+    """YAML 1.1 as PyYAML reads it, with three changes: 3e-4 is a number, 1:30:00 is a text and
+    not a number of base 60, and a key that stands twice is an error."""
 
 
 class _Dumper(yaml.SafeDumper):
     """Writes what _Loader reads: it quotes text that would be read as a number, "3e-4" for one."""
 
 
+_Schema = TypeVar("_Schema")
+
+_NUMBERS = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
 _FLOAT = re.compile(
     r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf|\.nan)$"
 )
+_INT = re.compile(r"[-+]?(?:0b[0-1_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
 for _side in (_Loader, _Dumper):
     _side.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+    _side.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -95,11 +102,12 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: it is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
-def _merge(under: Any, over: Any) -> Any:
+def merge(under: Any, over: Any) -> Any:
+    """Plain data laid over other plain data: mappings merge key by key, all else is replaced as a whole."""
     if isinstance(under, dict) and isinstance(over, dict):
         merged = dict(under)
         for key, value in over.items():
-            merged[key] = _merge(under[key], value) if key in under else value
+            merged[key] = merge(under[key], value) if key in under else value
         return merged
     return over
 
@@ -129,7 +137,7 @@ def load_tree(paths: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, 
         content = _parse(text, str(file))
         if not isinstance(content, dict):
             raise ConfigError(f"{file}: it holds no mapping of settings; it must begin with a line such as 'model:'.")
-        tree = _merge(tree, content)
+        tree = merge(tree, content)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -145,36 +153,75 @@ def load(paths: Sequence[str], overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_arguments(arguments: Sequence[str]) -> RunConfig:
-    """`load` of a command line's arguments: what holds an "=" and is no file's name is an override."""
+    """`load` of a command line's arguments."""
+    return from_tree(tree_of_arguments(arguments))
+
+
+def tree_of_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """`load_tree` of a command line's arguments: what holds an "=" and is no file's name is an override."""
     files = [argument for argument in arguments if "=" not in argument or os.path.isfile(argument)]
-    return load(files, [argument for argument in arguments if argument not in files])
+    return load_tree(files, [argument for argument in arguments if argument not in files])
+
+
+def load_cluster(name: str, overrides: Sequence[str] = ()) -> ClusterConfig:
+    """The checked cluster file of a path, or of a name that comes with megacl, with `key=value` overrides.
+
+    Raises ConfigError, in one line, at the first thing that is wrong.
+    """
+    path = name if os.path.isfile(name) or name.endswith((".yaml", ".yml")) else f"cluster/{name}.yaml"
+    tree = load_tree([path], overrides)
+    try:
+        cluster = checked(tree, ClusterConfig)
+    except ConfigError as error:
+        raise ConfigError(f"cluster {name}: {error}") from None
+    cluster.check()
+    return cluster
 
 
 @functools.cache
-def _adapter(section: type) -> TypeAdapter[Any]:
+def _adapter(section: Any) -> TypeAdapter[Any]:
     return TypeAdapter(section)  # takes 50 ms to build
 
 
 def from_tree(tree: dict[str, Any]) -> RunConfig:
     """A configuration out of plain data; raises ConfigError at the first thing that is wrong."""
-    _check_keys(tree, RunConfig, "")
-    try:
-        config: RunConfig = _adapter(RunConfig).validate_python(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+    config = checked(tree, RunConfig)
     config.check()
     return config
 
 
-def to_tree(config: Any) -> dict[str, Any]:
-    """A configuration (or one of its sections) as plain data, every setting spelled out."""
-    tree: dict[str, Any] = _adapter(config.__class__).dump_python(config, mode="json", by_alias=True)
+def checked(tree: Any, schema: type[_Schema]) -> _Schema:
+    """Plain data as a frozen dataclass of settings; rules that tie settings together are its own business.
+
+    Raises ConfigError at the first thing that is wrong.
+    """
+    _check_keys(tree, schema, "", root=schema)
+    try:
+        config: _Schema = _adapter(typing.cast(Any, schema)).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, schema)) from None
+    return config
+
+
+def to_tree(config: Any, *, defaults: bool = True) -> dict[str, Any]:
+    """A configuration (or one of its sections) as plain data, every setting spelled out.
+
+    defaults: if False, settings that have their default value are left out.
+    """
+    tree: dict[str, Any] = _adapter(config.__class__).dump_python(
+        config, mode="json", by_alias=True, exclude_defaults=not defaults
+    )
     return tree
 
 
 def dump(config: RunConfig) -> str:
     """The configuration as YAML, every setting spelled out; `load` of it gives the same configuration back."""
-    return yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return dump_tree(to_tree(config))
+
+
+def dump_tree(tree: dict[str, Any]) -> str:
+    """Plain data as YAML that `load_tree` reads as the same."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 # ---------------------------------------------------------------------------------------------- what went wrong
@@ -221,7 +268,7 @@ def _all_settings(section: type, path: str = "") -> Iterator[tuple[str, str]]:
                 yield from _all_settings(found, f"{path}{key}{suffix}")
 
 
-def _check_keys(tree: Any, section: type, path: str) -> None:
+def _check_keys(tree: Any, section: type, path: str, *, root: type) -> None:
     """Raises ConfigError at the first key that the schema does not know, naming the nearest that it knows."""
     if not isinstance(tree, dict):
         return  # pydantic says what was expected
@@ -229,7 +276,7 @@ def _check_keys(tree: Any, section: type, path: str) -> None:
     for key, value in tree.items():
         if key not in settings:
             close = difflib.get_close_matches(str(key), list(settings), n=1, cutoff=0.5)
-            elsewhere = dict(_all_settings(RunConfig))
+            elsewhere = dict(_all_settings(root))
             if str(key) in elsewhere and not (close and close[0].startswith(str(key))):
                 hint = f"; it belongs at {elsewhere[str(key)]}."
             elif close:
@@ -237,32 +284,31 @@ def _check_keys(tree: Any, section: type, path: str) -> None:
             else:
                 hint = f"; known here: {', '.join(settings)}."
             raise ConfigError(f"{path}{key} is not a setting{hint}")
-        _check_value(value, settings[key], f"{path}{key}")
+        _check_value(value, settings[key], f"{path}{key}", root=root)
 
 
-def _check_value(value: Any, hint: Any, path: str) -> None:
+def _check_value(value: Any, hint: Any, path: str, *, root: type) -> None:
     if isinstance(value, dict):
         sections = _sections(hint)
         if len(sections) > 1:
             by_kind = {typing.get_args(_settings(section)["kind"])[0]: section for section in sections}
             sections = [by_kind[str(value["kind"])]] if str(value.get("kind")) in by_kind else []
         if sections:
-            _check_keys(value, sections[0], f"{path}.")
+            _check_keys(value, sections[0], f"{path}.", root=root)
         elif (element := _element(hint, dict)) is not None:
             for key, item in value.items():
-                _check_value(item, element, f"{path}.{key}")
+                _check_value(item, element, f"{path}.{key}", root=root)
     elif isinstance(value, list) and (element := _element(hint, tuple)) is not None:
         for index, item in enumerate(value):
-            _check_value(item, element, f"{path}[{index}]")
+            _check_value(item, element, f"{path}[{index}]", root=root)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, schema: Any) -> str:
     """The first of pydantic's errors in one line: the setting, its value, what was expected, what it is."""
     # A union reports one error a member: the one that got furthest says most.
     first = max(error.errors(include_url=False), key=lambda item: len(item["loc"]))
     kinds = set(_kinds())
-    path, hint = "", RunConfig
-    found: Any = hint
+    path, found = "", schema
     for part in first["loc"]:
         if isinstance(part, int):
             path += f"[{part}]"

@@ -5,7 +5,7 @@ with exit status 2.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class MegaclError(Exception):
@@ -38,14 +38,54 @@ class CheckpointError(MegaclError):
     """A checkpoint or run directory is missing, damaged, or belongs to another run."""
 
 
+class ConversionError(MegaclError):
+    """A model of another format is missing, damaged, or cannot be expressed in the format that is asked for."""
+
+
 class LaunchError(MegaclError):
     """The processes of a run cannot start together."""
+
+
+class RendezvousError(LaunchError):
+    """Some ranks of a run did not come to where all of them meet, or left again."""
+
+    def __init__(self, message: str, *, ranks: Sequence[int] = (), nodes: Sequence[str] = ()) -> None:
+        """ranks: who is missing or has a problem. nodes: theirs, as far as they are known."""
+        super().__init__(message)
+        self.ranks, self.nodes = tuple(ranks), tuple(nodes)
+
+
+class UnhealthyError(LaunchError):
+    """Something is wrong with the machines of a run, found before its first step."""
+
+    def __init__(self, message: str, *, nodes: Sequence[str] = ()) -> None:
+        """nodes: the bad ones; none where leaving some out would not help."""
+        super().__init__(message)
+        self.nodes = tuple(nodes)
+
+
+class FencedError(LaunchError):
+    """A later start of the run has taken it over: this one, which may have been given up, writes nothing more."""
+
+
+class LostPeerError(MegaclError):
+    """Another rank does not answer any more: not this one's fault, and who failed is to be found."""
+
+    exit_status = 1
 
 
 class StoppedError(MegaclError):
     """What was under way is not wanted any more, since the process was told to stop: no error, and nothing is lost."""
 
     exit_status = 75
+
+
+class RunFailedError(MegaclError):
+    """A run of a study has failed; the study ends with its status."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
 
 
 class DivergedError(MegaclError):

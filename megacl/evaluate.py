@@ -1,4 +1,4 @@
-"""Loss on held-out documents, per source; what was forgotten and what was gained.
+"""Loss on held-out documents, per source. What was forgotten meanwhile is transfer.py's.
 
 Every token of a source's held-out documents is predicted exactly once, the documents end to end, the first one after an
 end-of-document token; windows of seq_length tokens follow one another without overlap. What a token sees of a window
@@ -12,8 +12,6 @@ and models with different tokenizers compare by bits per byte.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -25,28 +23,13 @@ from megacl.data.stream import open_recorded
 from megacl.data.tokenizer import Tokenizer
 from megacl.engine import Engine
 from megacl.errors import DataError, MegaclError
+from megacl.heldout import SourceLoss
 from megacl.lineage import Lineage
 from megacl.parallel.ranks import Ranks
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - no error
     """An evaluation was told to stop between two batches: on all ranks, at the same one."""
-
-
-@dataclass(frozen=True)
-class SourceLoss:
-    """The result for one source. text_bytes is in proportion where only the first sequences were read."""
-
-    loss: float
-    perplexity: float
-    bits_per_byte: float
-    nats: float
-    tokens: int
-    text_bytes: float
-
-    def record(self) -> dict[str, Any]:
-        """The result as it stands in metrics.jsonl."""
-        return asdict(self)
 
 
 def evaluate_source(
@@ -102,6 +85,7 @@ def evaluate_source(
         nats=total,
         tokens=tokens,
         text_bytes=text_bytes,
+        fingerprint=source.fingerprint,
     )
 
 
@@ -178,43 +162,3 @@ def open_named(folders: Sequence[str], tokenizer: Tokenizer, cache: ShardCache |
             raise DataError(f"{source.path}: prepared with another tokenizer than the model's; prepare it with that.")
     names = [source.name for source in opened]
     return {source.name if names.count(source.name) == 1 else source.path: source for source in opened}
-
-
-# ---------------------------------------------------------------------------------------------- forgetting
-
-
-@dataclass(frozen=True)
-class ForgettingRow:
-    """How one source fared over the phases of a model."""
-
-    source: str
-    losses: list[tuple[str, float]]
-    """(label, loss) where the model began and at each phase's end, in order."""
-    forgetting: float
-    """How far the last loss lies above the best one before it; 0 where it does not."""
-    gain: float
-    """How far the last loss lies below the first one; negative where it rose."""
-
-
-def forgetting_table(evaluations: Iterable[Mapping[str, Any]]) -> list[ForgettingRow]:
-    """A row a source, from a run's evaluation records: where it began ("before") and the end of each phase."""
-    points: dict[str, list[tuple[str, float]]] = {}
-    for record in evaluations:
-        if record["at"] not in ("start", "end"):
-            continue
-        label = "before" if record["at"] == "start" else record["phase"]
-        for source, result in record["sources"].items():
-            loss = result["loss"]  # null in the file where it was not finite
-            points.setdefault(source, []).append((label, math.nan if loss is None else loss))
-    return [_row(source, losses) for source, losses in points.items()]
-
-
-def _row(source: str, losses: list[tuple[str, float]]) -> ForgettingRow:
-    last = losses[-1][1]
-    earlier = [loss for _, loss in losses[:-1]]
-    return ForgettingRow(
-        source=source,
-        losses=losses,
-        forgetting=max(last - min(earlier), 0.0) if earlier else 0.0,  # in this order, a NaN stays one
-        gain=losses[0][1] - last,
-    )

@@ -73,14 +73,14 @@ def samples_of_steps(run_dir: Path, first: int, last: int) -> Iterator[ReadSampl
         if since <= until:
             stream = PhaseStream(
                 Lineage(phases=lineage.phases[: index + 1]),
-                lambda wanted: open_recorded(wanted, _configured(config, wanted.name, cache), cache),
+                lambda wanted: open_recorded(wanted, configured_sources(config, wanted.name, cache), cache),
             )
             for step in range(since, until + 1):
                 yield from _samples_of_step(stream, lineage, step, before + step, tokenizer_of)
         before += record.budget_steps
 
 
-def _configured(config: RunConfig, likely: str, cache: ShardCache | None) -> Iterator[Source]:
+def configured_sources(config: RunConfig, likely: str, cache: ShardCache | None) -> Iterator[Source]:
     """The sources of a configuration as far as they are there, opened one by one, the likely one first."""
     for _, source in sorted(config.sources.items(), key=lambda item: item[0] != likely):
         with contextlib.suppress(DataError):  # said by open_recorded, if it is the one that is wanted

@@ -5,31 +5,35 @@ record for those that were looked into, an `evaluation` record for each evaluati
 writes; on the others every call does nothing.
 """
 
+import contextlib
 import datetime
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from megacl.errors import CheckpointError
+from megacl.errors import CheckpointError, DataError, FencedError
 from megacl.publish import disk_errors, publish_text
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a metrics.jsonl. A torn last line (a crash while it was written) is passed over.
 
-    Raises CheckpointError, naming file and line, where any other line is not a JSON object.
+    Raises CheckpointError where it cannot be read, or, naming the line, where any other is not a JSON object.
     """
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -42,12 +46,12 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _finite(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The value with null in place of every number that is not finite: JSON has none."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -59,18 +63,25 @@ class RunLog:
         self._path = run_dir / "metrics.jsonl"
         self._writes = rank == 0
         self._every_steps = every_steps
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
+        self._owed = bytearray()
+        self._permit: Callable[[], None] | None = None
+        self._has_warned = False
         self._progress: Progress | None = None
         self._first: tuple[int, float] | None = None
         self._console = Console(file=sys.stderr, quiet=not self._writes, highlight=False)
         self._wants_tensorboard = tensorboard
         self._tensorboard: Any = None
 
-    def keep_until(self, step: int) -> None:
-        """Forgets the records after `step`: what an interrupted run did after its last checkpoint is done again."""
+    def keep_until(self, step: int, permit: Callable[[], None] = lambda: None) -> None:
+        """Forgets the records after `step`: what an interrupted run did after its last checkpoint is done again.
+
+        permit: called before this is published, and from now on before anything is written; it may raise.
+        """
+        self._permit = permit
         if self._writes and self._path.exists():
             kept = [record for record in read_metrics(self._path) if record.get("step", 0) <= step]
-            publish_text(self._path, "".join(json.dumps(record) + "\n" for record in kept), "metrics")
+            publish_text(self._path, "".join(json.dumps(record) + "\n" for record in kept), "metrics", permit)
 
     def evaluated_at(self, step: int) -> set[str]:
         """The sources of which an evaluation at `step` has been recorded; none on ranks that do not write."""
@@ -83,18 +94,49 @@ class RunLog:
         }
 
     def record(self, kind: str, **values: Any) -> None:
-        """Appends a record; a number in it that is not finite is written as null."""
+        """Appends a record; a number in it that is not finite is written as null.
+
+        Where the disk refuses it, that is said, and it is written with the next one, or by `flush`. Raises what the
+        permit of `keep_until` does, on the rank that writes.
+        """
         if not self._writes:
+            return
+        self._owed += json.dumps(without_nan({"kind": kind, **values, "time": time.time()})).encode() + b"\n"
+        try:
+            self.flush()
+        except DataError as error:
+            if not self._has_warned:
+                self.warn(f"{error} Until then records are kept in memory")
+            self._has_warned = True
+        if self._tensorboard is not None:
+            with contextlib.suppress(OSError):  # metrics.jsonl is what counts
+                _to_tensorboard(self._tensorboard, kind, without_nan(values))
+
+    def flush(self) -> None:
+        """Writes what the disk has refused so far. Raises DataError where it still does."""
+        if not self._owed:
             return
         with disk_errors(self._path, "metrics"):
             if self._file is None:
-                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
-                self._tensorboard = _open_tensorboard(self._path.parent) if self._wants_tensorboard else None
-            line = json.dumps(_finite({"kind": kind, **values, "time": time.time()}))
-            self._file.write(line + "\n")
-            self._file.flush()
-        if self._tensorboard is not None:
-            _to_tensorboard(self._tensorboard, kind, _finite(values))
+                self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+                if self._wants_tensorboard and self._tensorboard is None:
+                    self._tensorboard = _open_tensorboard(self._path.parent)
+            if self._permit is not None:  # once it is open: a later start of the run replaces the file that it finds
+                self._permit()
+            try:
+                while self._owed:  # a disk that is nearly full takes a part of it
+                    del self._owed[: self._file.write(self._owed)]
+            except OSError:
+                self._file.close()  # it may have been of a mount that is lost
+                self._file = None
+                raise
+        self._has_warned = False
+
+    def sync(self) -> None:
+        """Waits until the disk has what was written, which a power cut then leaves. For any thread; raises OSError."""
+        if self._writes and self._path.exists():
+            with open(self._path, "rb") as file:
+                os.fsync(file.fileno())
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
@@ -135,7 +177,9 @@ class RunLog:
         return f"{datetime.timedelta(seconds=round(seconds))} left"
 
     def close(self) -> None:
-        """Ends the progress bar and closes the files."""
+        """Ends the progress bar and closes the files; what the disk refused is tried once more."""
+        with contextlib.suppress(DataError, FencedError):
+            self.flush()
         if self._progress is not None:
             self._progress.stop()
         if self._file is not None:

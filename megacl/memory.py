@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 
 from megacl.activations import WIDE, Op, Sizes, embedding, final_norm, layer_ops, loss, rotary_tables
 from megacl.config import EngineConfig
-from megacl.kernels import choices_of_kernels
+from megacl.kernels import LOSS_CHUNK, choices_of_kernels
 from megacl.log import table_text
 from megacl.model.config import ModelConfig
 from megacl.zero_memory import Held, held_by
@@ -31,7 +31,7 @@ class Moment:
     when: str
     parameters: int
     optimizer: int
-    """Adam's moments, and fp32 masters of the weights."""
+    """Adam's moments, fp32 masters of the weights, and Reptile's anchor."""
     gradients: int = 0
     """Of weights."""
     activations: int = 0
@@ -87,13 +87,14 @@ def estimate_memory(
     micro_batches: int = 1,
     ranks: int = 1,
     documents: bool = False,
+    reptile: bool = False,
     device: str,
 ) -> MemoryEstimate:
     """The memory of one rank in a step after the first, when Adam's moments are there.
 
     micro_batch_size: sequences; micro_batches: how many of them make a step of this rank. ranks: of the whole run, a
     multiple of engine.tensor_parallel x engine.sequence_parallel. documents: whether attention stays inside documents.
-    device: "cpu" or "cuda", which need not be here.
+    reptile: whether the phase has it, and so an anchor. device: "cpu" or "cuda", which need not be here.
     """
     s = _sizes(model, engine, seq_length=seq_length, micro_batch_size=micro_batch_size)
     kernels = _implementations(engine, device=device)
@@ -103,15 +104,21 @@ def estimate_memory(
         embed=embedding(s),
         layers=_layers(model, engine, s, ops),
         norm=final_norm(model, s, kernels),
-        loss=loss(s, kernels, chunk=engine.loss_chunk, fp16=engine.precision == "fp16", device=device),
+        loss=loss(
+            s,
+            kernels,
+            chunk=engine.loss_chunk or LOSS_CHUNK[device],
+            fp16=engine.precision == "fp16",
+            device=device,
+        ),
         tied=model.tie_embeddings,
         accumulates=micro_batches > 1,
     )
     held = held_by(
         engine,
-        weights=walk.weights // s.weight,
-        largest=max(walk.embed.gradients, *(op.gradients for op in ops)) // s.weight,
+        sizes=[size // s.weight for size in walk.sizes],
         ranks=ranks // engine.tensor_parallel,
+        anchor=reptile,
         accumulates=walk.accumulates,
         device=device,
     )
@@ -127,8 +134,8 @@ def _sizes(model: ModelConfig, engine: EngineConfig, *, seq_length: int, micro_b
         rows=micro_batch_size,
         length=seq_length // engine.sequence_parallel,
         hidden=model.hidden_size,
-        queries=model.num_attention_heads * model.head_dim // cut,
-        keys=model.kv_heads * model.head_dim // cut,
+        queries=model.query_size // cut,
+        keys=model.kv_size // cut,
         heads=model.num_attention_heads // cut,
         mlp=model.mlp_size // cut,
         vocab=model.vocab_size // cut,
@@ -188,10 +195,10 @@ class _Walk:
     """Whether there are gradients of an earlier micro batch."""
 
     @property
-    def weights(self) -> int:
-        """Bytes of all weights, and as many of their gradients."""
-        in_layers = sum(op.gradients for layer in self.layers for op in layer.ops)
-        return (0 if self.tied else self.embed.gradients) + in_layers + self.norm.gradients + self.loss.gradients
+    def sizes(self) -> list[int]:
+        """Bytes of the weights of each op, and as many of their gradients; a tied embedding's are the head's."""
+        in_layers = [op.gradients for layer in self.layers for op in layer.ops]
+        return [0 if self.tied else self.embed.gradients, *in_layers, self.norm.gradients, self.loss.gradients]
 
     @property
     def kept(self) -> int:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from megacl.checkpoint import newest_checkpoint
 from megacl.config import RunConfig
-from megacl.config_phase import PhaseConfig, length_in_steps, misfit, share_of
+from megacl.config_phase import AnnealSchedule, PhaseConfig, length_in_steps, misfit, share_of
 from megacl.configfile import to_tree
 from megacl.data.mixture import integer_weights
 from megacl.data.planning import asked_weights, plan_phase
@@ -28,18 +28,31 @@ from megacl.data.store import RemoteFolder
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.engine import Device, check_engine, device_here
 from megacl.errors import ConfigError, DataError
-from megacl.lineage import Lineage, PhaseRecord, SourceRecord, describe_mixture
+from megacl.lineage import (
+    ConversionRecord,
+    Lineage,
+    OptimizerState,
+    PhaseRecord,
+    SourceRecord,
+    VocabularyRecord,
+)
+from megacl.lineage_text import describe_event, describe_mixture
 from megacl.model.gpt import count_parameters, flops_per_token
 from megacl.parallel.ranks import check_groups
-from megacl.plan_memory import memory_lines
-from megacl.resume import Found, Inputs, find_inputs, find_origin, open_sources
-from megacl.schedules import Schedule, build_schedule
+from megacl.plan_memory import Machine, memory_lines
+from megacl.resume import Found, Inputs, Origin, find_inputs, find_origin, open_sources
+from megacl.schedules import Schedule, build_schedule, peak
+
+_WHAT_BECAME: dict[str, OptimizerState] = {"keep": "kept", "reset": "reset", "reset_step": "step_reset"}
+"""Of the optimizer's state, by what is asked for: a verb in the configuration, a participle in the lineage."""
 
 
 def begin_phase(config: RunConfig, index: int, lineage: Lineage, sources: Mapping[str, Source]) -> PhaseRecord:
     """The record of the configuration's phase `index` as it begins after `lineage`. Raises as `plan_phase` does."""
     phase = config.phases[index]
-    keep = phase.optimizer_state == "keep" or (phase.optimizer_state is None and phase.schedule.keeps_optimizer_state)
+    if not lineage.phases:
+        _check_first(index, phase)
+    asked = phase.optimizer_state or ("keep" if phase.schedule.keeps_optimizer_state else "reset")
     record = plan_phase(
         lineage,
         phase,
@@ -51,7 +64,7 @@ def begin_phase(config: RunConfig, index: int, lineage: Lineage, sources: Mappin
         global_batch_size=config.batch_size_of(phase),
         steps=config.steps_of(phase),
         schedule=to_tree(phase.schedule),
-        optimizer_state="new" if not lineage.phases else "kept" if keep else "reset",
+        optimizer_state=_WHAT_BECAME[asked] if lineage.phases else "new",
         start_lr=lineage.phases[-1].last_lr if lineage.phases else 0.0,
     )
     if record.budget_steps < config.steps_of(phase):
@@ -61,9 +74,38 @@ def begin_phase(config: RunConfig, index: int, lineage: Lineage, sources: Mappin
     return record
 
 
+def _check_first(index: int, phase: PhaseConfig) -> None:
+    """Raises ConfigError where a phase goes on with another one, and the model's history has none."""
+    if phase.continues:
+        raise ConfigError(
+            f"phases[{index}].continues is true, and the model's history names no phase to go on with; give a mixture."
+        )
+    rates = [getattr(phase.schedule, key, None) for key in ("max_lr", "constant_lr", "min_lr")]
+    if "last" in rates:
+        raise ConfigError(
+            f"phases[{index}].schedule goes on with the last phase's rate, and the model's history names no phase; "
+            "give a number."
+        )
+
+
 def schedule_of(config: RunConfig, phase: PhaseConfig, start_lr: float, steps: int) -> Schedule:
     """The learning rate of a phase's updates; start_lr: the rate at which the phase before ended."""
     return build_schedule(phase.schedule, steps=steps, tokens_per_step=config.tokens_per_step(phase), last_lr=start_lr)
+
+
+def peak_of(phase: PhaseConfig, lineage: Lineage) -> float:
+    """The highest rate of a phase's schedule, the lineage's last; an anneal's is that of the schedule that it ends.
+
+    So a weight decay that follows rate over peak goes on where the anneal begins, as the rate does.
+    """
+    begun = lineage.phases[-1].start_lr
+    if isinstance(phase.schedule, AnnealSchedule) and phase.schedule.max_lr == "last":
+        for before in reversed(lineage.phases[:-1]):
+            if (highest := before.schedule.get("max_lr", "last")) != "last":
+                return float(highest)
+            if before.schedule["kind"] != "anneal":
+                return before.start_lr
+    return peak(phase.schedule, last_lr=begun)
 
 
 def open_phase(lineage: Lineage, inputs: Inputs) -> PhaseStream:
@@ -90,13 +132,18 @@ def plan_phases(found: Found) -> Iterator[tuple[int, PhaseStream, Lineage]]:
         yield index, stream, lineage
 
 
-def check_phases(found: Found, say: Callable[[str], None]) -> int:
-    """Goes through the phases that are left and says what is to be known of them; returns the steps of all phases."""
+def check_phases(found: Found, say: Callable[[str], None], *, shards: bool) -> int:
+    """Goes through the phases that are left and says what is to be known of them; returns the steps of all phases.
+
+    shards: look whether those of what is replayed are there, which one rank does for all. Raises as `plan_phases` does.
+    """
     lineage = found.origin.lineage
     for line in (*packing_notice(found), *split_notice(found)):
         say(line)
     for index, stream, after in plan_phases(found):
         lineage = after
+        if shards:
+            stream.check_replayed()
         for line in notices(found.config, index, stream):
             say(line)
     return sum(record.budget_steps for record in run_phases(lineage, found.config))
@@ -105,6 +152,15 @@ def check_phases(found: Found, say: Callable[[str], None]) -> int:
 def run_phases(after: Lineage, config: RunConfig) -> tuple[PhaseRecord, ...]:
     """The records of the configuration's phases; after: the lineage where they are over."""
     return after.phases[-len(config.phases) :]
+
+
+def how_it_begins(origin: Origin) -> list[str]:
+    """Lines on what was made of the model that a run starts from, where it is still at its beginning."""
+    if origin.parent is None:
+        return []
+    made = [event for event in origin.lineage.events if event.after == len(origin.lineage.phases)]
+    made = [event for event in made if isinstance(event, ConversionRecord | VocabularyRecord)]
+    return [line for event in made for line in describe_event(event)]
 
 
 def packing_notice(found: Found) -> list[str]:
@@ -151,7 +207,8 @@ def notices(config: RunConfig, index: int, stream: PhaseStream) -> list[str]:
     lines += stream.repeats()
     lines += _fetched_again(stream)
     named = {source.name: stream.source_of(source) for source in record.sources}
-    asked = [asked_weights(phase, m, named) for m in (phase.mixture, *(c.mixture for c in phase.mixture_changes))]
+    given = () if phase.continues else (phase.mixture, *(c.mixture for c in phase.mixture_changes))
+    asked = [asked_weights(phase, mixture, named) for mixture in given]
     if phase.replay:
         asked.append({**(phase.replay.from_ or phase.replay.from_sources or {})})
     for weights in filter(None, asked):
@@ -186,6 +243,10 @@ def _end_of(config: RunConfig, index: int, record: PhaseRecord) -> str:
     """Where a phase ends early, for which sources, and which changes of its mixture are not reached."""
     phase, steps = config.phases[index], config.steps_of(config.phases[index])
     mixed, unreached = [*phase.mixture], list[int]()
+    if phase.continues:
+        own = record.own_before(record.budget_samples)
+        last = max((piece for piece in record.mixture if piece.first < max(own, 1)), key=lambda piece: piece.first)
+        mixed = [s.name for s, weight in zip(record.sources, last.weights, strict=True) if weight]
     for change in phase.mixture_changes:
         per_step = config.tokens_per_step(phase)
         at = math.ceil(length_in_steps(change.at, phase_steps=steps, tokens_per_step=per_step))
@@ -226,13 +287,19 @@ def check_batches(config: RunConfig, dp_size: int) -> None:
 
 
 def plan_text(
-    config: RunConfig, *, resume: bool = True, ranks: int | None = None, device: Device | None = None
+    config: RunConfig,
+    *,
+    resume: bool = True,
+    ranks: int | None = None,
+    device: Device | None = None,
+    machine: Machine | None = None,
 ) -> Iterator[str]:
     """Lines on the model, then on each phase: tokens, steps, exact shares, epochs, and the rate at its corners; then on
     the memory of a rank.
 
     ranks: how many there will be; by default as few as can be. device: what they will compute on; by default what is
-    here. Raises as the start of training on them would. What depends on data that is not prepared yet is left out.
+    here. machine: what the memory is held against; by default what is here. Raises as the start of training on them
+    would. What depends on data that is not prepared yet is left out.
     """
     device = device or device_here()
     group = config.engine.tensor_parallel * config.engine.sequence_parallel
@@ -251,7 +318,8 @@ def plan_text(
     if (checkpoint := origin.checkpoint or origin.parent) is not None:
         seen = origin.lineage.phases
         records = dict(enumerate(seen[len(seen) - begin - bool(origin.samples) :]))
-        last_lr = seen[-1].start_lr if origin.samples else seen[-1].last_lr
+        if seen:
+            last_lr = seen[-1].start_lr if origin.samples else seen[-1].last_lr
         yield f"goes on from {checkpoint.path}: {len(seen)} phases, {origin.lineage.tokens:,} tokens"
     missing = missing_sources(config.sources)
     for name in missing:
@@ -260,8 +328,10 @@ def plan_text(
     packed: dict[int, list[str]] = {}
     if not missing:
         found = find_inputs(config, origin, open_sources(config, origin))
+        yield from (f"  {line}" for line in how_it_begins(found.origin))
         yield from (f"warning: {line}" for line in (*packing_notice(found), *split_notice(found)))
         for index, stream, after in plan_phases(found):
+            stream.check_replayed()
             records[index], warned[index] = after.phases[-1], notices(found.config, index, stream)
             packed[index] = stream.packings()
     total = all_steps = flops = 0
@@ -282,11 +352,13 @@ def plan_text(
             f"  schedule {phase.schedule.kind}: {schedule(1):.4g} at the first update, {highest:.4g} at the highest, "
             f"{last_lr:.4g} at the last"
         )
+        if phase.reptile:
+            yield f"  {phase.reptile.words}"
         if record and not missing:
             yield from (f"  {line}" for line in (*_reading(record), *packed.get(index, ())))
         yield from (f"  warning: {line}" for line in warned.get(index, []))
     yield f"{total:,} tokens, {all_steps:,} steps, {flops:.3g} FLOPs in all"
-    yield from memory_lines(config, ranks, device)
+    yield from memory_lines(config, ranks, device, machine)
 
 
 def phase_line(config: RunConfig, index: int, steps: int, *, done: bool) -> str:
@@ -384,6 +456,7 @@ def plan_data(config: RunConfig) -> tuple[list[str], list[PlannedPhase]]:
     found = find_inputs(config, origin, open_sources(config, origin))
     lineage, packed, said = found.origin.lineage, {}, {}
     for index, stream, after in plan_phases(found):
+        stream.check_replayed()
         lineage, packed[index], said[index] = after, stream.packings(), notices(found.config, index, stream)
     before = len(lineage.phases) - len(config.phases)
     return [*warnings, *packing_notice(found), *split_notice(found)], [

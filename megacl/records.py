@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from megacl.engine import StepResult
-from megacl.evaluate import SourceLoss
+from megacl.heldout import SourceLoss
 from megacl.lineage import Lineage
 from megacl.log import RunLog
 from megacl.model.config import ModelConfig

@@ -64,7 +64,7 @@ def style_of_source(index: int, run_index: int, runs: int) -> Style:
 
 def points_per_mean(run: RecordedRun, most: int = MOST_POINTS) -> int:
     """How many steps one point of a step plot stands for."""
-    return -(-len(run.steps["step"]) // most)
+    return max(1, -(-len(run.steps["step"]) // most))
 
 
 def thinned(values: NDArray[np.float64], group: int) -> NDArray[np.float64]:
@@ -87,11 +87,11 @@ def loss_figure(runs: Sequence[RecordedRun]) -> go.Figure:
         _add_steps(figure, run, "loss", colour, name=f"training loss{_of(run, runs)}", number=".3f", opacity=0.45)
     for index, run in enumerate(runs):
         for number, source in enumerate(sources):
-            points = [record for record in run.evaluations if source in record["sources"]]
+            points = [each for each in run.evaluations if source in each.sources]
             style = style_of_source(number, index, len(runs))
             figure.add_scatter(
-                x=np.array([record["tokens"] for record in points], dtype=np.float64),
-                y=np.array([record["sources"][source]["loss"] for record in points], dtype=np.float64),
+                x=np.array([each.tokens for each in points], dtype=np.float64),
+                y=np.array([each.sources[source].loss for each in points], dtype=np.float64),
                 mode="lines+markers",
                 line={"color": style.colour, "dash": style.dash, "width": 2},
                 marker={"symbol": style.marker, "size": 6},
@@ -142,8 +142,15 @@ def _plain(text: str) -> str:
 
 
 def _figure(runs: Sequence[RecordedRun], *, rangemode: str, exponents: str = "B") -> go.Figure:
+    figure = blank_figure(rangemode=rangemode, exponents=exponents)
+    _mark_phases(figure, runs)
+    return figure
+
+
+def blank_figure(*, rangemode: str, exponents: str = "B") -> go.Figure:
+    """A figure over tokens with nothing in it. rangemode, exponents: of the vertical axis, as Plotly names them."""
     axis = {"gridcolor": "rgba(138, 143, 152, 0.25)", "zeroline": False, "automargin": True}
-    figure = go.Figure(
+    return go.Figure(
         layout={
             "template": "none",
             "paper_bgcolor": "rgba(0, 0, 0, 0)",
@@ -156,8 +163,6 @@ def _figure(runs: Sequence[RecordedRun], *, rangemode: str, exponents: str = "B"
             "yaxis": {**axis, "exponentformat": exponents, "rangemode": rangemode, "nticks": 7},
         }
     )
-    _mark_phases(figure, runs)
-    return figure
 
 
 def _mark_phases(figure: go.Figure, runs: Sequence[RecordedRun]) -> None:

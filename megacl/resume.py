@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megacl.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
-from megacl.config import RunConfig, SourceConfig
+from megacl.checkpoint import Checkpoint, mark_of, open_checkpoint
+from megacl.config import RunConfig
+from megacl.config_data import SourceConfig
+from megacl.config_phase import nearest
 from megacl.configfile import load, to_tree
 from megacl.data.source import Source, open_source
 from megacl.data.store import ShardCache
 from megacl.data.stream import open_recorded
 from megacl.data.tokenizer import Tokenizer, load_tokenizer
 from megacl.errors import CheckpointError, ConfigError, DataError
-from megacl.lineage import Lineage
+from megacl.lineage import BranchRecord, Lineage
+from megacl.starting import ForeignModel, begin_with, open_start, tokenizer_of
+from megacl.vocabulary import ExtendedModel
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,8 @@ class Origin:
     """The run's own newest one."""
     parent: Checkpoint | None
     """What start_from names, where the run is still at its beginning."""
-
-    @property
-    def lineage(self) -> Lineage:
-        """What the model has seen so far."""
-        origin = self.checkpoint or self.parent
-        return origin.lineage if origin else Lineage()
+    lineage: Lineage
+    """What the model has seen so far; with the branch, where the run is still at its beginning."""
 
     @property
     def phase(self) -> int:
@@ -82,14 +82,21 @@ class Found:
     origin: Origin
 
 
+def check_no_data(run_dir: Path) -> None:
+    """Raises ConfigError where a run would be made in a data folder, or in a checkpoint."""
+    if (run_dir / "manifest.json").is_file():
+        raise ConfigError(f"{run_dir}: is a data folder or a checkpoint, by its manifest.json; name another run_dir.")
+
+
 def find_origin(
     config: RunConfig, run_dir: Path, newest: Path | None, *, resume: bool, warn: Callable[[str], None]
 ) -> Origin:
     """What a run directory and `start_from` hold, checked against the configuration; no data is looked at.
 
     newest: the directory's newest good checkpoint. Raises ConfigError where the directory holds a run with other
-    settings, CheckpointError where there is nothing to start from.
+    settings, or data, CheckpointError where there is nothing to start from.
     """
+    check_no_data(run_dir)
     checkpoint = open_checkpoint(newest) if newest is not None else None
     stored = checkpoint.config if checkpoint else None
     if (run_dir / "config.yaml").is_file():
@@ -102,15 +109,21 @@ def find_origin(
         _check_same_run(config, stored, begun, run_dir)
     parent = None
     if config.start_from is not None and checkpoint is None:
-        parent = open_checkpoint(find_checkpoint(config.start_from, warn))
-        for key in ("boundaries", "packing"):
+        parent = open_start(config.start_from, warn)
+        for key in ("boundaries", "packing") if parent.config.phases else ():
             was, now = getattr(parent.config, key), getattr(config, key)
             if was != now:
                 warn(f"{key} is {now}, and the model of {parent.path} was trained with {key} {was}; is that meant?")
-    history = checkpoint or parent
+        asked = config.phases[0].optimizer_state if config.phases else None
+        if asked in ("keep", "reset_step") and not parent.has_moments:
+            warn(f"optimizer_state of phases[0] is {asked}, and {parent.path} has no optimizer's state: it begins anew")
+    history, lineage = checkpoint or parent, Lineage()
     if history is not None:
-        _check_same_model(config, history)
-    return Origin(stored, checkpoint, parent)
+        _check_same_model(config, history, extends=parent is not None and _extends(config))
+        lineage = history.lineage
+    if parent is not None and not isinstance(parent, ForeignModel):
+        lineage = lineage.with_event(BranchRecord(after=len(lineage.phases), checkpoint=mark_of(parent)))
+    return Origin(stored, checkpoint, parent, lineage)
 
 
 @dataclass(frozen=True)
@@ -122,8 +135,9 @@ class OpenedSources:
 
 
 def shard_cache(config: RunConfig) -> ShardCache | None:
-    """Where the shards of sources on a store are fetched to, as the configuration says."""
-    return ShardCache(Path(config.cache.path), config.cache.bytes, config.cache.patience) if config.cache else None
+    """Where shards are fetched to before they are read, as the configuration says."""
+    cache = config.cache
+    return ShardCache(cache.path, cache.bytes, cache.patience, stage=cache.stage) if cache else None
 
 
 def open_sources(config: RunConfig, origin: Origin) -> OpenedSources:
@@ -148,14 +162,39 @@ def open_sources(config: RunConfig, origin: Origin) -> OpenedSources:
 
 
 def find_inputs(config: RunConfig, origin: Origin, opened: OpenedSources) -> Found:
-    """The run with its data. Raises DataError where data or tokenizer are not what the run or its model had."""
+    """The run with its data. Raises DataError where data or tokenizer are not what the run or its model had.
+
+    ConfigError where a setting does not fit the data.
+    """
     inputs = _check_inputs(config, origin, opened)
+    if origin.parent is not None:
+        begun = begin_with(origin.parent, config, inputs.tokenizer)
+        if isinstance(begun, ExtendedModel):
+            lineage = origin.lineage.with_event(begun.extension.record)
+            origin = dataclasses.replace(origin, parent=begun, lineage=lineage)
     pinned = {
         name: dataclasses.replace(source, generation=inputs.sources[name].generation)
         for name, source in config.sources.items()
     }
     _check_same_data(config, inputs, origin.lineage)
+    _check_best(config, inputs, origin.lineage)
     return Found(dataclasses.replace(config, sources=pinned), inputs, origin)
+
+
+def _check_best(config: RunConfig, inputs: Inputs, lineage: Lineage) -> None:
+    """Raises ConfigError where the best checkpoints are to be chosen by a source that is not evaluated."""
+    name = config.checkpoint.keep_best.source if config.checkpoint.keep_best else None
+    if name is None:
+        return
+    evaluated = {source.name for source in lineage.sources.values()}
+    evaluated |= set(inputs.sources)
+    if name not in evaluated:
+        raise ConfigError(f"checkpoint.keep_best.source is {name!r}, which is no source here{nearest(name, evaluated)}")
+    if name in inputs.sources and not inputs.sources[name].validation.tokens:
+        raise ConfigError(
+            f"checkpoint.keep_best.source is {name!r}, which has no held-out documents; name another source, "
+            "or prepare it with --validation above 0."
+        )
 
 
 def _check_inputs(config: RunConfig, origin: Origin, opened: OpenedSources) -> Inputs:
@@ -173,12 +212,27 @@ def _check_inputs(config: RunConfig, origin: Origin, opened: OpenedSources) -> I
             f"the model was trained with tokenizer {lineage.phases[-1].tokenizer[:12]}, and the run's is "
             f"{tokenizer.fingerprint[:12]} ({tokenizer.file}); use the model's own, or one that extends it."
         )
+    if origin.parent is not None and not lineage.phases:
+        known = tokenizer_of(origin.parent, tokenizer)
+        if known is not None and not tokenizer.matches(known.fingerprint):
+            raise DataError(
+                f"the model of {origin.parent.path} has tokenizer {known.fingerprint[:12]}, and the run's is "
+                f"{tokenizer.fingerprint[:12]} ({tokenizer.file}); use the model's own, or one that extends it."
+            )
     if tokenizer.vocab_size > config.model.vocab_size:
+        remedy = ""
+        if origin.parent is not None:
+            remedy = ": give it, and say in tokenizer.new_rows how the rows of the new tokens begin"
         raise ConfigError(
             f"model.vocab_size is {config.model.vocab_size}; it must be at least the tokenizer's, "
-            f"{tokenizer.vocab_size}."
+            f"{tokenizer.vocab_size}{remedy}."
         )
     return Inputs(tokenizer, sources, opened.history, shard_cache(config))
+
+
+def _extends(config: RunConfig) -> bool:
+    """Whether the vocabulary of the model to start from may be given more rows."""
+    return config.tokenizer is not None and config.tokenizer.new_rows is not None
 
 
 def _generation(name: str, source: SourceConfig, stored: RunConfig | None) -> int | None:
@@ -230,9 +284,11 @@ def _compare(was: Any, now: Any, path: str, run_dir: Path) -> None:
         )
 
 
-def _check_same_model(config: RunConfig, history: Checkpoint) -> None:
-    was, now = to_tree(history.config.model), to_tree(config.model)
+def _check_same_model(config: RunConfig, history: Checkpoint, *, extends: bool) -> None:
+    was, now = to_tree(history.config.model.spelled_out), to_tree(config.model.spelled_out)
     for key in now:
+        if extends and key == "vocab_size" and now[key] >= was[key]:
+            continue
         if was[key] != now[key]:
             raise ConfigError(
                 f"model.{key} is {now[key]!r}, and in {history.path} it is {was[key]!r}; "

@@ -27,7 +27,7 @@ from megacl.data.shards import open_documents
 from megacl.data.source import Source, TokenStream
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.errors import CheckpointError, DataError
-from megacl.lineage import Lineage, PhaseRecord, SourceRecord, load_lineage
+from megacl.lineage import Lineage, PhaseRecord, SourceRecord, is_part_of, load_lineage
 
 _DEPTH = 4
 _STRIDE = 2**44  # more tokens than a source has
@@ -99,7 +99,7 @@ def _sightings_of(run: Path, folder: "_Folder") -> Iterator[Sighting]:
                 for name, lineage in lineages.items()
                 if len(lineage.phases) > index
                 and lineage.phases[index].samples > seen.first
-                and _is_part_of(lineage.phases[index], phase)
+                and is_part_of(lineage.phases[index], phase)
             ]
             steps = sum(-(-each.samples // each.global_batch_size) for each in phases if each.run == phase.run)
             yield Sighting(
@@ -119,15 +119,9 @@ def _courses(reached: Sequence[PhaseRecord]) -> list[PhaseRecord]:
     """The furthest that one phase went, and, where a run went back, the furthest of each course that it gave up."""
     courses: list[PhaseRecord] = []
     for phase in sorted(reached, key=lambda phase: -phase.samples):
-        if not any(_is_part_of(phase, course) for course in courses):
+        if not any(is_part_of(phase, course) for course in courses):
             courses.append(phase)
     return courses
-
-
-def _is_part_of(phase: PhaseRecord, course: PhaseRecord) -> bool:
-    """Whether a state of a phase comes before another one of it, or is the same."""
-    before = ((first, min(end, phase.samples)) for first, end in course.passed_over if first < phase.samples)
-    return phase.samples <= course.samples and phase.passed_over == tuple(before)
 
 
 @dataclass(frozen=True)
@@ -165,10 +159,9 @@ class _Folder:
 
     def seen(self, lineage: Lineage) -> _Seen | None:
         """What the lineage's last phase saw of the documents."""
-        key = lineage.dump()
-        if key not in self.found:
-            self.found[key] = self._look(lineage)
-        return self.found[key]
+        if lineage.id not in self.found:
+            self.found[lineage.id] = self._look(lineage)
+        return self.found[lineage.id]
 
     def _look(self, lineage: Lineage) -> _Seen | None:
         record = lineage.phases[-1]

@@ -9,9 +9,10 @@ update that is skipped (an overflow in fp16) still moves the schedule on.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from megacl.config_phase import (
+    AnnealSchedule,
     ConstantSchedule,
     CosineSchedule,
     InfiniteSchedule,
@@ -132,6 +133,15 @@ def warmup(step: int, *, length: int, start_lr: float, max_lr: float) -> float:
     return linear(step / length, max_lr=start_lr, min_lr=max_lr)
 
 
+SHAPES: Mapping[str, Callable[..., float]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "1-sqrt": one_minus_sqrt,
+    "exponential": exponential,
+}
+"""The decays by their names in a configuration, each of (position, *, max_lr, min_lr)."""
+
+
 def build_schedule(config: ScheduleConfig, *, steps: int, tokens_per_step: int, last_lr: float) -> Schedule:
     """The learning rate of update k = 1..steps of a phase.
 
@@ -158,6 +168,24 @@ def build_schedule(config: ScheduleConfig, *, steps: int, tokens_per_step: int, 
 def peak(config: ScheduleConfig, *, last_lr: float) -> float:
     """max_lr, the rate to which a schedule warms up, `last` resolved as in `build_schedule`."""
     return _rate(config.max_lr, last_lr)
+
+
+def constant_part(config: ScheduleConfig, *, steps: int, tokens_per_step: int) -> range:
+    """The updates k of a phase of `steps` steps at the rate that its schedule holds; empty where it holds none.
+
+    A model stands on the constant rate behind update k where k is among them, from the last one of a warm-up or
+    cool-down, which reaches that rate, to the last one before a decay.
+    """
+    parts = config.parts(phase_steps=steps, tokens_per_step=tokens_per_step)
+    rising = max(parts["warmup"], 1)
+    match config:
+        case ConstantSchedule():
+            return range(rising, steps + 1)
+        case InfiniteSchedule():
+            return range(max(parts["warmup"] + parts["cooldown"], 1), steps - parts["anneal"] + 1)
+        case WarmupStableDecaySchedule():
+            return range(rising, steps - parts["decay"] + 1)
+    return range(0)
 
 
 def _rate(rate: float | str, last_lr: float) -> float:
@@ -187,9 +215,12 @@ def _after_warmup(config: ScheduleConfig, steps: int, parts: dict[str, int], max
             return lambda k: cosine((k - rising) / (steps - rising), max_lr=max_lr, min_lr=min_lr)
         case RexSchedule():
             return lambda k: rex((k - rising) / (steps - rising), max_lr=max_lr, min_lr=min_lr, d=config.d)
+        case AnnealSchedule():
+            shape = SHAPES[config.shape]
+            return lambda k: shape((k - rising) / (steps - rising), max_lr=max_lr, min_lr=min_lr)
         case WarmupStableDecaySchedule():
             falling = parts["decay"]
-            shape = linear if config.shape == "linear" else one_minus_sqrt
+            shape = SHAPES[config.shape]
             return lambda k: (
                 max_lr if k <= steps - falling else shape(1 - (steps - k) / falling, max_lr=max_lr, min_lr=min_lr)
             )

@@ -1,6 +1,6 @@
 """What an engine holds of a model's weights on one rank: parameters, gradients, optimizer, and what it sends.
 
-    held = held_by(engine, weights=405_334_016, largest=51_511_296, ranks=8, accumulates=False, device="cuda")
+    held = held_by(engine, sizes=[51_511_296, ..., 51_511_296], ranks=8, accumulates=False, device="cuda")
     held.parameters + held.optimizer            # bytes, all the time
 
 For `megacl.memory`. The numbers are those of torch's fused AdamW and of DeepSpeed 0.19 as `engine.adapter` sets it up,
@@ -8,7 +8,7 @@ read in its source and seen in what its allocations are (docs/parallelism.md has
 far as it was written to, since only that is resident; on a GPU it counts whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megacl.config import EngineConfig
@@ -21,6 +21,9 @@ _LIVE = 1_000_000_000
 """Elements of whole weights that stage 3 keeps at most, between a forward pass and its backward pass too."""
 _PREFETCH = 50_000_000
 """Elements that stage 3 gathers ahead of their use, in one go."""
+_GLOO_COPIES = (2, 3)
+"""Gathered pieces that are there twice at the peak, at least and at most: one that is copied out of what came, and
+those of gloo's, as its threads come to work."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Held:
 
     parameters: int
     optimizer: int
-    """Moments, and masters where the parameters are not their own."""
+    """Moments, masters where the parameters are not their own, and Reptile's anchor."""
     arriving: Callable[[int, int], Gradients]
     """(before, own) -> what there is while an op's gradient, `own` bytes, comes after `before` bytes of others."""
     endings: dict[str, Gradients]
@@ -56,19 +59,40 @@ class Held:
     """Of all that, what is in the host's memory where the device is a GPU."""
 
 
-def held_by(engine: EngineConfig, *, weights: int, largest: int, ranks: int, accumulates: bool, device: str) -> Held:
+def held_by(
+    engine: EngineConfig,
+    *,
+    sizes: Sequence[int],
+    ranks: int,
+    accumulates: bool,
+    anchor: bool = False,
+    device: str,
+) -> Held:
     """What the configured engine holds.
 
-    weights: elements of this rank's weights (its part of them under tensor parallelism); largest: of the largest of
-    them. ranks: how many hold the same weights. accumulates: whether there are gradients of an earlier micro batch.
+    sizes: elements of this rank's weights (its part of them under tensor parallelism), op by op in the order of a
+    forward pass, from whose end their gradients come. ranks: how many hold the same weights. accumulates: whether there
+    are gradients of an earlier micro batch. anchor: whether there is one of Reptile's, which lies where the masters do
+    and is sharded as they are.
     """
+    held = _held_by(engine, sizes=sizes, ranks=ranks, accumulates=accumulates, device=device)
+    weights = sum(sizes)
+    if not anchor:
+        return held
+    size = -(-FP32 * weights // ranks) if engine.kind == "deepspeed" and engine.zero_stage > 0 else FP32 * weights
+    if engine.offload_optimizer and device != "cpu":
+        return replace(held, host=held.host + size)
+    return replace(held, optimizer=held.optimizer + size)
+
+
+def _held_by(engine: EngineConfig, *, sizes: Sequence[int], ranks: int, accumulates: bool, device: str) -> Held:
+    weights = sum(sizes)
     if engine.kind == "native":
         return _whole(weights, accumulates=accumulates, sending=0)
     if engine.zero_stage == 0:
         return _whole(weights, accumulates=accumulates, sending=FP32 * min(weights, _ALL_REDUCE))
     zero = _Zero(
-        weights=weights,
-        largest=largest,
+        sizes=sizes,
         bytes=2 if engine.half else FP32,
         ranks=ranks,
         accumulates=accumulates,
@@ -99,17 +123,34 @@ def _whole(weights: int, *, accumulates: bool, sending: int) -> Held:
 
 
 @dataclass(frozen=True)
+class _Bucket:
+    """The buffer that gradients are sent from, as one comes: elements. One that is larger goes by itself."""
+
+    sent: int = 0
+    """Before."""
+    filled: int = 0
+    leaves: int = 0
+    """What is sent now, since there is no room for the one that comes."""
+    fullest: int = 0
+    """The most that was in it, the one that comes counted."""
+
+
+@dataclass(frozen=True)
 class _Zero:
     """The stages of ZeRO: each of `ranks` ranks has a shard of what the stage shards (arXiv 1910.02054)."""
 
-    weights: int
-    largest: int
+    sizes: Sequence[int]
     bytes: int
     """Of an element of the parameters and of their gradients as they come."""
     ranks: int
     accumulates: bool
     on_cpu: bool
     offloads: bool
+
+    @property
+    def weights(self) -> int:
+        """Elements of all weights."""
+        return sum(self.sizes)
 
     @property
     def shard(self) -> int:
@@ -126,10 +167,23 @@ class _Zero:
         """Bytes of the parameters, and of their gradients as they come."""
         return self.bytes * self.weights
 
-    def bucket(self, filled: int) -> int:
-        """Bytes of the buffer that gradients are sent from, when so many are in it."""
-        size = self.bytes * BUCKET
-        return min(filled, size) if self.on_cpu else size
+    def buckets(self) -> dict[int, _Bucket]:
+        """By the elements of gradients that came before: what the buffer is when the next one comes, and at the end."""
+        found: dict[int, _Bucket] = {}
+        before = sent = filled = fullest = 0
+        for own in reversed(self.sizes):
+            leaves = filled if filled + own > BUCKET else 0
+            if own:
+                if own <= BUCKET:
+                    fullest = max(fullest, filled - leaves + own)
+                found[before] = _Bucket(sent, filled, leaves, fullest)
+                before, sent, filled = before + own, sent + leaves, filled - leaves + own
+        found[before] = _Bucket(sent, filled, 0, fullest)
+        return found
+
+    def buffer(self, filled: int) -> int:
+        """Bytes of the buffer that gradients are sent from, when so many were in it at most."""
+        return self.bytes * (filled if self.on_cpu else BUCKET)
 
     def sent(self, elements: int) -> int:
         """Bytes of the copy of a bucket that is sent: in fp32, beside one in 16 bits where gradients come in those."""
@@ -163,7 +217,7 @@ class _Zero:
     def _update(self, *, copies: int) -> dict[str, Gradients]:
         """The shard of gradients; for its norm each part in fp64, then a copy laid end to end. Then all parameters
         come from the ranks that have updated them, for which gloo takes a buffer."""
-        norm = 2 * FP32 * min(self.largest, -(-self.weights // self.ranks))
+        norm = 2 * FP32 * min(max(self.sizes), -(-self.weights // self.ranks))
         gloo = self.whole if self.on_cpu and self.ranks > 1 else 0
         return {"update": Gradients(self.kept, 0, max(norm, copies)), "gathering": Gradients(0, gloo)}
 
@@ -181,15 +235,17 @@ class _Zero:
     def stage_2(self) -> Held:
         """Gradients are sent as they come, and this rank's shard of them is kept, from the first bucket on."""
         earlier = self.kept if self.accumulates else 0
+        buckets = self.buckets()
 
         def arriving(before: int, own: int) -> Gradients:
-            sent = before + own > self.bytes * BUCKET
-            kept = earlier + (self.kept if sent else 0)
-            copy = self.sent(BUCKET) if sent else 0
-            return Gradients(kept, self.bucket(before + own) + copy, own)
+            bucket = buckets[before // self.bytes]
+            leaves = bucket.leaves if own else 0
+            sent = bucket.sent + leaves
+            kept = min(self.kept, FP32 * sent) if self.on_cpu else self.kept * (sent > 0)
+            return Gradients(earlier + kept, self.buffer(bucket.fullest) + self.sent(leaves), own)
 
         copies = self.kept if self.bytes == FP32 else 0
-        last = min(self.weights, BUCKET)
+        end = buckets[self.weights]
         # In fp32 a shard that was sent in one bucket is made when the copy that was sent is gone.
         shard = 0 if self.bytes == FP32 and self.weights <= BUCKET else self.kept
         return Held(
@@ -197,36 +253,51 @@ class _Zero:
             optimizer=3 * self.shard,
             arriving=arriving,
             endings={
-                "reduction": Gradients(earlier + shard, self.bucket(self.bytes * last) + self.sent(last)),
+                "reduction": Gradients(earlier + shard, self.buffer(end.fullest) + self.sent(end.filled)),
                 **self._update(copies=copies),
             },
             between=earlier,
         )
 
     def stage_3(self) -> Held:
-        """Parameters are sharded too, and gathered for their use. The shard of gradients is there all the time."""
-        live = self.bytes * min(self.weights, _LIVE)
-        ahead = self.bytes * min(self.weights, _PREFETCH) if self.ranks > 1 else 0
+        """Parameters are sharded too, and gathered for their use, which one rank alone does without a copy. The shard
+        of gradients is there all the time, and the buffer from which they are sent."""
+        live = self.bytes * min(self.weights, _LIVE) if self.ranks > 1 else 0
+        buckets = self.buckets()
+        end = buckets[self.weights]
+        buffer = self.buffer(end.fullest)
 
         def arriving(before: int, own: int) -> Gradients:
-            filled = min(before + own, self.bytes * BUCKET)
-            copies = self._scattered(BUCKET) if before + own > self.bytes * BUCKET else 0
+            leaves = self._scattered(buckets[before // self.bytes].leaves) if own else 0
             gathered = min(live, self.whole - before)  # those of layers that are done are let go
-            return Gradients(self.kept, self.bucket(filled) + copies + gathered, own)
+            return Gradients(self.kept, buffer + leaves + gathered, own)
 
-        last = min(self.weights, BUCKET)
+        endings = {
+            "reduction": Gradients(self.kept, buffer + self._scattered(end.filled)),
+            "update": Gradients(self.kept, buffer, self.kept),
+        }
+        if self.on_cpu and self.ranks > 1:
+            # The next step begins, and all is gathered, piece by piece: the first one's weights are copied out of it
+            # while gloo has buffers for the next ones. How many varies from run to run: the estimate lies midway.
+            pieces = sum(min(self.weights, copies * _PREFETCH) for copies in _GLOO_COPIES)
+            copies = self.bytes * pieces // len(_GLOO_COPIES)
+            endings["gathering"] = Gradients(self.kept, buffer + live + copies)
         return Held(
             parameters=-(-self.whole // self.ranks),
             optimizer=(2 if self.bytes == FP32 else 3) * self.shard,
             arriving=arriving,
-            endings={
-                "reduction": Gradients(self.kept, self.bucket(self.bytes * last) + self._scattered(last)),
-                "update": Gradients(self.kept, self.bucket(0), self.kept),
-            },
+            endings=endings,
             gathered=live,
-            gathering=ahead + (ahead if self.on_cpu else 0),
-            between=self.kept + self.bucket(0),
+            gathering=self.bytes * self._last_gathered() if self.ranks > 1 else 0,
+            between=self.kept + buffer,
         )
+
+    def _last_gathered(self) -> int:
+        """Elements of the last weights that are gathered in one go, which lie end to end until the last is used."""
+        together = 0
+        for size in self.sizes:
+            together = size if together >= _PREFETCH else together + size
+        return together
 
     def _scattered(self, elements: int) -> int:
         """Bytes of the copies of a bucket whose shards go to their ranks; gloo makes one more."""
@@ -236,7 +307,7 @@ class _Zero:
         """Masters, moments and gradients on the host, which also has a copy of the shard in the parameters' dtype; on
         the device two buffers of the largest gradient."""
         host = (3 + 1 + self.accumulates) * self.shard + self.whole // self.ranks
-        buffers = 2 * self.bytes * self.largest
+        buffers = 2 * self.bytes * max(self.sizes)
         if self.on_cpu:  # the host is the device
             return replace(held, optimizer=host + buffers)
         return replace(held, optimizer=buffers, host=host)

@@ -75,7 +75,8 @@ def main() -> None:
         forms["rotary"](heads, torch.ones(8, 8), torch.ones(8, 8)).sum().backward()
         forms["swiglu"](x).sum().backward()
         wide = torch.ones(1024, 16, dtype=dtype, requires_grad=True)
-        forms["linear_gelu"](x[:, :16], wide, bias).sum().backward()
+        for tanh in (False, True):
+            forms["linear_gelu"](x[:, :16], wide, bias, tanh=tanh).sum().backward()
         targets = torch.ones(1, dtype=torch.int64)
         forms["linear_cross_entropy"](x[:1, :16], torch.ones(50304, 16, dtype=dtype), targets, chunk=1, z_loss=1e-4)
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+# A shell has what it starts in the background ignore SIGINT, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # An example may take long on a busy machine; how long is a matter for benchmarks.
 hypothesis.settings.register_profile("megacl", deadline=None)
@@ -91,3 +96,27 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         sources[language] = folder / language
         prepare([str(path)], tokenizer=tokenizer, out=sources[language], validation=0.2)
     return Prepared(folder, folder / "tokenizer.model", documents, sources)
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 300 pieces."""
+    from megacl.data.tokenizer_training import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["the", "quick", "brown", "fox", "überall", "Straße", "12345", "====", "  spaces", "naïve", "ice cream"]
+    text = "\n".join(" ".join(words[(i * j) % len(words)] for j in range(1, 9)) for i in range(200))
+    (folder / "text.txt").write_text(text)
+    train_tokenizer([str(folder / "text.txt")], folder / "tokenizer.model", 300)
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread computes, as in processes that share the cores: two would round otherwise."""
+    import torch  # the environment above must be set before
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -13,6 +13,9 @@ from safetensors.numpy import load_file
 
 from megacl.checkpoint import list_checkpoints
 
+WEIGHTS, OPTIMIZER, REPTILE = (f"{kind}-00000-of-00001.safetensors" for kind in ("weights", "optimizer", "reptile"))
+"""The files of a checkpoint that one rank has made."""
+
 
 def metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """The records of one kind in a run's metrics.jsonl."""
@@ -25,12 +28,14 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def state(checkpoint: Path) -> dict[str, Any]:
-    """Every tensor of a checkpoint, by file and name, as bytes: equal iff bitwise equal."""
-    return {
-        f"{file.name}:{name}": tensor.tobytes()
-        for file in sorted(checkpoint.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
+    """Every tensor of a checkpoint, by name, as bytes: equal iff bitwise equal."""
+    return {name: tensor.tobytes() for name, tensor in tensors(checkpoint, "*").items()}
+
+
+def tensors(checkpoint: Path, kind: str = "weights") -> dict[str, Any]:
+    """The tensors of a checkpoint's files of a kind, of all owners, by name."""
+    files = sorted(checkpoint.glob(f"{kind}-*-of-*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def last_state(run_dir: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Prepared
-from runs import metrics, state
+from runs import OPTIMIZER, WEIGHTS, metrics, state
 from safetensors.torch import load_file
 
 from megacl.checkpoint import find_checkpoint, list_checkpoints, newest_checkpoint, open_checkpoint, verify_checkpoint
@@ -26,8 +26,8 @@ def run(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_parameter_stands_whole_under_its_name_with_its_moments(run: Path) -> None:
     checkpoint = open_checkpoint(find_checkpoint(str(run), pytest.fail))
-    weights = load_file(checkpoint.path / "weights.safetensors")
-    moments = load_file(checkpoint.path / "optimizer.safetensors")
+    weights = load_file(checkpoint.path / WEIGHTS)
+    moments = load_file(checkpoint.path / OPTIMIZER)
     shapes = {name: tuple(p.shape) for name, p in build_model(checkpoint.config.model, seed=0).named_parameters()}
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == shapes
     assert {name: tuple(tensor.shape) for name, tensor in moments.items()} == {
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_enough_to_use_the_model_without_the_data(run: Path, tmp
 
 @pytest.mark.parametrize(
     "name",
-    ["weights.safetensors", "optimizer.safetensors", "state.json", "lineage.json", "config.yaml", "tokenizer.model"],
+    [WEIGHTS, OPTIMIZER, "state.json", "lineage.json", "config.yaml", "tokenizer.model"],
 )
 def test_one_flipped_byte_in_any_file_is_found_and_named(run: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / "step-00000020"
@@ -61,13 +61,13 @@ def test_one_flipped_byte_in_any_file_is_found_and_named(run: Path, tmp_path: Pa
 def test_missing_and_truncated_files_and_manifests_are_named(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "step-00000020"
     shutil.copytree(find_checkpoint(str(run), pytest.fail), path)
-    size = (path / "weights.safetensors").stat().st_size
-    with open(path / "weights.safetensors", "r+b") as file:
+    size = (path / WEIGHTS).stat().st_size
+    with open(path / WEIGHTS, "r+b") as file:
         file.truncate(size - 1)
     (path / "lineage.json").unlink()
     assert verify_checkpoint(path) == [
         f"{path / 'lineage.json'}: missing",
-        f"{path / 'weights.safetensors'}: has {size - 1} bytes of {size}",
+        f"{path / WEIGHTS}: has {size - 1} bytes of {size}",
     ]
     (path / "manifest.json").write_text("{")
     assert "manifest.json: cannot be read" in verify_checkpoint(path)[0]
@@ -86,8 +86,9 @@ def test_the_newest_good_checkpoint_is_found_whatever_lies_beside_it(run: Path, 
     (copy / "checkpoints" / "step-00000098" / "state.json").unlink()
     warnings: list[str] = []
     assert newest_checkpoint(copy, warnings.append) == good
-    assert len(warnings) == 1
-    assert "step-00000098/state.json: missing" in warnings[0]
+    assert len(warnings) == 2
+    assert "step-00000099/manifest.json: cannot be read" in warnings[0]
+    assert "step-00000098/state.json: missing" in warnings[1]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_a_reference_to_what_is_not_there_says_what_is(run: Path, tmp_path: Path
 def test_a_damaged_checkpoint_that_is_asked_for_by_name_is_refused(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    (copy / "checkpoints" / "step-00000012" / "weights.safetensors").write_bytes(b"")
+    (copy / "checkpoints" / "step-00000012" / WEIGHTS).write_bytes(b"")
     with pytest.raises(CheckpointError, match="this checkpoint is damaged"):
         find_checkpoint(f"{copy}@english", pytest.fail)
 
@@ -126,10 +127,10 @@ def test_a_damaged_phase_end_is_no_hindrance_to_finding_another(run: Path, tmp_p
 def test_a_damaged_newest_checkpoint_of_a_run_is_named_and_the_newest_good_one_taken(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    (copy / "checkpoints" / "step-00000020" / "weights.safetensors").write_bytes(b"")
+    (copy / "checkpoints" / "step-00000020" / WEIGHTS).write_bytes(b"")
     warnings: list[str] = []
     assert find_checkpoint(str(copy), warnings.append).name == "step-00000015"
-    assert "step-00000020/weights.safetensors: has 0 bytes" in warnings[0]
+    assert f"step-00000020/{WEIGHTS}: has 0 bytes" in warnings[0]
 
 
 def test_saving_the_same_run_twice_gives_the_same_tensors(prepared: Prepared, run: Path, tmp_path: Path) -> None:

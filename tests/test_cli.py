@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -94,13 +95,25 @@ def test_evaluate_prints_each_source_and_what_was_forgotten(run: Path, prepared:
     status, out, _ = command_line(capsys, "evaluate", str(run))
     assert status == 0
     assert "source" in out
-    assert "forgetting" in out
-    assert out.count("english") >= 2
+    assert out.count("forgetting") == 4  # a column and a row in each of both units
     status, out, _ = command_line(capsys, "evaluate", f"{run}@english", "--json")
-    results = json.loads(out)
-    assert set(results) == {"english"}  # all that the model had seen by then
+    found = json.loads(out)
+    assert set(found["sources"]) == {"english"}  # all that the model had seen by then
+    assert [row["label"] for row in found["matrix"]["loss"]["phases"]] == ["before", "english"]
     status, out, _ = command_line(capsys, "evaluate", str(run), "--data", str(prepared.sources["german"]), "--json")
-    assert set(json.loads(out)) == {"german"}
+    assert set(json.loads(out)["sources"]) == {"german"}
+
+
+def test_evaluate_writes_its_json_to_a_file_beside_the_table(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    _, expected, _ = command_line(capsys, "evaluate", f"{run}@english", "--json")
+    file = tmp_path / "evaluations" / "english.json"
+    status, out, _ = command_line(capsys, "evaluate", f"{run}@english", "--out", str(file))
+    assert status == 0
+    assert "bits/byte" in out
+    assert file.read_text() == expected
+    assert list(file.parent.iterdir()) == [file]
+    for nowhere in (tmp_path, file / "english.json"):
+        assert "no file can be written" in refusal(capsys, "evaluate", str(run), "--out", str(nowhere))
 
 
 def test_evaluate_keeps_two_folders_of_one_name_apart_and_refuses_what_it_cannot_evaluate(
@@ -110,7 +123,7 @@ def test_evaluate_keeps_two_folders_of_one_name_apart_and_refuses_what_it_cannot
     shutil.copytree(prepared.sources["german"], twin)
     german = str(prepared.sources["german"])
     _, out, _ = command_line(capsys, "evaluate", str(run), "--data", german, "--data", str(twin), "--json")
-    assert set(json.loads(out)) == {german, str(twin)}
+    assert set(json.loads(out)["sources"]) == {german, str(twin)}
     nothing = tmp_path / "nothing"
     call = ("prepare", str(prepared.documents["german"]), "--tokenizer", str(prepared.tokenizer))
     command_line(capsys, *call, "--out", str(nothing), "--validation", "0")
@@ -134,7 +147,7 @@ def test_on_a_cpu_a_checkpoint_is_evaluated_in_fp32_and_not_compiled_whatever_it
     open_checkpoint = checkpoint.open_checkpoint
     _, expected, _ = command_line(capsys, "evaluate", str(run), "--json")
     monkeypatch.setattr(checkpoint, "open_checkpoint", trained_on_a_gpu)
-    monkeypatch.setattr("megacl.engine.build_engine", build)
+    monkeypatch.setattr("megacl.inference.build_engine", build)
     assert command_line(capsys, "evaluate", str(run), "--json")[1] == expected
     assert [(engine.precision, engine.compile) for engine in built] == [("fp32", False)]
 
@@ -168,6 +181,14 @@ def test_a_dry_run_says_what_a_rank_takes(prepared: Prepared, tmp_path: Path, ca
     assert "memory on each of 4 ranks, in phase english:" in out
     assert re.search(r"\n  total +[0-9.]+ +[0-9.]+ ", out)
     assert re.search(r"[0-9.]+ GB at most \(\w+\), without Python and its libraries; this \w+ has [0-9.]+ GB", out)
+
+
+def test_a_dry_run_says_what_saves_keep_in_memory(prepared: Prepared, tmp_path: Path, capsys: Capture) -> None:
+    config = prepared.config_file(tmp_path / "run", engine={"kind": "deepspeed", "zero_stage": 1})
+    status, out, _ = command_line(capsys, "train", config, "model.vocab_size=1000000", "--dry-run", "--ranks", "2")
+    assert status == 0
+    # Embedding and head of width 32, almost all of the model: 64M parameters; weights and two moments; two ranks.
+    assert "\n  and 0.38 GB of its memory, from which checkpoints are written\n" in out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -496,3 +517,21 @@ def test_a_bad_configuration_on_several_ranks_is_said_once(prepared: Prepared, t
         "ConfigError: global_batch_size of phases[0] is 7, micro batch 3.5 x accumulation 1 x data-parallel size 2; "
         "all of them must be whole numbers, so change it, engine.micro_batch_size or the number of ranks."
     ]
+
+
+@pytest.mark.parametrize(("world", "ended"), [("1", True), ("2", False)])
+def test_a_rank_of_several_ends_with_its_status_and_all_its_output_but_not_the_interpreters_way(
+    world: str, ended: bool
+) -> None:
+    """Threads that C++ has left would abort a process whose interpreter is ending."""
+    code = (
+        "import atexit, os, runpy, sys; atexit.register(os.write, 1, b'the interpreter ends'); "
+        "sys.argv[0] = 'megacl'; runpy.run_module('megacl', run_name='__main__')"
+    )
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": world}
+    for arguments, status, said in ((["--help"], 0, "Usage"), (["evaluate", "nothing-here"], 2, "Error: ")):
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == status
+        assert said in done.stdout + done.stderr
+        assert ("the interpreter ends" in done.stdout) == ended

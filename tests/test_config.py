@@ -117,7 +117,7 @@ def test_what_follows_from_a_setting_is_derived(base: str) -> None:
         ("phases[0].schedule.min_lr=3e-3", "phases[0].schedule.min_lr is 0.003; it must not exceed max_lr, 0.0003."),
         ("phases[0].schedule.max_lr=last", "but there is no earlier phase; give a number."),
         ("phases[0].schedule.max_lr=high", "phases[0].schedule.max_lr is 'high'; it must be a valid number"),
-        ("model.num_attention_heads=5", "model.num_attention_heads is 5; it must divide hidden_size, 32."),
+        ("model.num_attention_heads=5", "model.num_attention_heads is 5; it must divide hidden_size, 32, where"),
         ("model.vocab_size=", "model.vocab_size is None; it must be a valid integer. It is the number of rows"),
         ("engine.zero_stage=4", "engine.zero_stage is 4; it must be less than or equal to 3"),
         (

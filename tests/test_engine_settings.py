@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megacl.engine import StepResult
 from megacl.parallel.ranks import Ranks
 from tests.parallel.test_apply import LLAMA as PARALLEL
 from tests.parallel.test_apply import train_parallel
@@ -19,8 +20,10 @@ from tests.test_engine import (
     arrays,
     assert_close,
     batch,
+    let_deepspeed_run_fp16,
     make_engine,
     poisoned_step,
+    restore,
     train_native,
     train_zero,
 )
@@ -102,6 +105,35 @@ def test_nothing_is_left_of_an_update_that_was_skipped(stage, settings):
         runs = [run_on_ranks(2, train_past_one, skipped, **zero)[0] for skipped in (True, False)]
     assert runs[0][0] == [True, False, True]
     np.testing.assert_equal(runs[0][1], runs[1][1])
+
+
+def scale_after_a_spike(
+    ranks: Ranks, before: Outcome, stage: int | None
+) -> tuple[StepResult, tuple[float, int] | None, State]:
+    """A step in fp16 whose loss is above what is borne."""
+    if stage is None:
+        engine = make_engine(ranks, precision="fp16")
+    else:
+        let_deepspeed_run_fp16()
+        engine = make_engine(ranks, precision="fp16", kind="deepspeed", zero_stage=stage)
+    restore(engine, before)
+    rows = ROWS // ranks.world_size
+    result = engine.step(batch(1)[ranks.rank * rows : (ranks.rank + 1) * rows], 1e-3, skip_above=0.0)
+    return result, engine.loss_scale, arrays(engine)
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**40, 1.0], ids=["as it is", "overflowing", "the smallest"])
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_a_spike_leaves_the_loss_scale_alone(stage, scale):
+    before = Outcome(state=train_native(range(2)).state, loss_scale=(scale, 5))
+    if stage is None:
+        runs = [scale_after_a_spike(Ranks(), before, stage)]
+    else:
+        runs = run_on_ranks(2, scale_after_a_spike, before, stage)
+    for result, loss_scale, _ in runs:
+        assert not result.applied
+        assert loss_scale == (scale, 5)
+    np.testing.assert_equal(runs[0][2], before.state)  # rank 0 has all of it
 
 
 # ---------------------------------------------------------------------------------------- activation checkpointing

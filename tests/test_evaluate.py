@@ -13,7 +13,7 @@ from megacl.config import EngineConfig, OptimizerConfig
 from megacl.data.source import open_source
 from megacl.engine import build_engine
 from megacl.errors import DataError
-from megacl.evaluate import evaluate_source, forgetting_table
+from megacl.evaluate import evaluate_source
 from megacl.model.config import ModelConfig
 from megacl.model.gpt import build_model
 from megacl.parallel.ranks import Ranks
@@ -44,7 +44,7 @@ def test_every_held_out_token_is_predicted_once_and_bits_are_per_byte_of_text(pr
     result = evaluate_source(engine_of(model), Ranks(), source, seq_length=T, micro_batch_size=5)
     with torch.no_grad():
         nats = nats_by_hand(model, source, source.validation.tokens)
-    assert result.tokens == source.validation.tokens
+    assert (result.tokens, result.fingerprint) == (source.validation.tokens, source.fingerprint)
     assert result.nats == pytest.approx(nats, rel=1e-5)
     assert result.loss == pytest.approx(nats / source.validation.tokens, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(nats / source.validation.tokens), rel=1e-4)
@@ -121,34 +121,3 @@ def test_a_source_without_held_out_documents_is_refused(prepared: Prepared, tmp_
     engine = engine_of(build_model(SHAPE, seed=3))
     with pytest.raises(DataError, match=r"source 'all' .* has no held-out documents"):
         evaluate_source(engine, Ranks(), open_source(out), seq_length=T, micro_batch_size=4)
-
-
-# ---------------------------------------------------------------------------------------------- forgetting
-
-
-def record(at: str, phase: str, **losses: float) -> dict[str, Any]:
-    return {"at": at, "phase": phase, "sources": {source: {"loss": loss} for source, loss in losses.items()}}
-
-
-def test_forgetting_is_the_rise_over_the_best_earlier_loss_and_gain_the_fall_since_the_start() -> None:
-    rows = forgetting_table(
-        [
-            record("start", "english", english=9.0, german=9.5),
-            record("interval", "english", english=1.0, german=1.0),
-            record("end", "english", english=5.0, german=8.0),
-            record("end", "german", english=6.5, german=4.0),
-        ]
-    )
-    english, german = rows
-    assert english.losses == [("before", 9.0), ("english", 5.0), ("german", 6.5)]
-    assert (english.source, english.forgetting, english.gain) == ("english", 1.5, 2.5)
-    assert (german.source, german.forgetting, german.gain) == ("german", 0.0, 5.5)
-
-
-def test_a_source_that_joins_later_has_a_shorter_row_and_a_nan_stays_one() -> None:
-    rows = forgetting_table(
-        [record("end", "a", x=3.0), record("end", "b", x=float("nan"), y=2.0)],
-    )
-    assert math.isnan(rows[0].forgetting)
-    assert rows[1].losses == [("b", 2.0)]
-    assert (rows[1].forgetting, rows[1].gain) == (0.0, 0.0)

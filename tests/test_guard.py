@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Prepared
-from runs import last_state, losses, metrics, state
+from runs import WEIGHTS, last_state, losses, metrics, state
 
 from megacl import trainer
 from megacl.checkpoint import checkpoint_path, list_checkpoints, open_checkpoint
@@ -33,12 +33,7 @@ THREE: Trouble = {14: "noise", 21: "noise", 22: "broken", 23: "noise"}
 BACK = {"stability": {"spike": 3.0, "window": 10, "skip": 2, "go_back": 1}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tree(prepared: Prepared, run_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -247,7 +242,7 @@ def test_without_a_checkpoint_there_is_no_way_back(prepared: Prepared, tmp_path:
 def test_a_damaged_checkpoint_is_not_gone_back_to(prepared: Prepared, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert train(tree(prepared, run_dir), THREE, stop_after=18) == "stopped"
-    weights = checkpoint_path(run_dir, 16) / "weights.safetensors"
+    weights = checkpoint_path(run_dir, 16) / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"step-00000016.*this checkpoint is damaged"):
         train(tree(prepared, run_dir), THREE)
@@ -354,7 +349,7 @@ def test_an_fp16_overflow_uses_up_its_batch_and_its_place_in_the_schedule(prepar
 
 
 def train_on_ranks(ranks: Ranks, settings: dict[str, Any], trouble: Trouble) -> str:
-    trainer.start_ranks = lambda timeout: ranks  # type: ignore[assignment]
+    trainer.start_ranks = lambda **_: ranks  # type: ignore[assignment]
     trainer.stop_ranks = lambda: None
     return train(settings, trouble)
 

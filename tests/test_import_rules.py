@@ -13,10 +13,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megacl"
 
-# A package that stands here as a whole (kernels, parallel, convert) speaks for the modules inside it.
+# A package that stands here as a whole (kernels, parallel, convert, slurm) speaks for the modules inside it.
 LEVELS = [
-    "megacl errors publish stopping config config_phase configfile data.__init__ model.__init__ model.config",
-    "log schedules lineage stability kernels parallel "
+    "megacl errors holders publish stopping config config_phase config_data config_checkpoint config_cluster "
+    "configfile "
+    "data.__init__ model.__init__ model.config",
+    "log node checkpoint_names checkpoint_files tensorfile schedules lineage lineage_text heldout transfer stability "
+    "kernels parallel attempts ending fencing verdict watchdog "
     "data.manifest data.shard_list "
     "data.store data.shards data.source data.verify data.inputs data.forms data.documents data.megatron "
     "data.portions data.workers data.boundaries data.units data.tokenizer data.tokenizer_training data.order",
@@ -26,19 +29,24 @@ LEVELS = [
     "data.lookahead data.loader "
     "model.layers model.checkpointing model.gpt optimizer activations",
     "engine engine.base engine.native engine.zero engine.adapter engine.monitors engine.arithmetic engine.loss_scale "
-    "engine.replicas checkpoint parallel.apply",
-    "convert evaluate predict memory zero_memory plan plan_memory sample resume history saw guard records",
+    "engine.heap engine.replicas engine.gathering checkpoint saving parallel.apply",
+    "audit inference merging "
+    "convert evaluate comparison predict memory zero_memory plan plan_memory sample resume history saw guard "
+    "handover records waiting saves retention checkpoint_diff checkpoint_export starting vocabulary health",
     "trainer",
-    "release report report_run report_plots slurm",
-    "study",
-    "cli cli_data __main__",
+    "release release_merge report report_run report_plots page",
+    "study study_config study_words study_tree study_places study_jobs study_statistics study_results study_plots "
+    "study_page",
+    "slurm",
+    "cli cli_checkpoint cli_convert cli_data cli_slurm __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 
 ONLY_IN = {
     "deepspeed": ["engine", "checkpoint", "parallel.ulysses"],
     "triton": ["kernels"],
-    "plotly": ["report", "report_plots"],
+    "plotly": ["page", "report_plots", "study_plots"],
+    "jinja2": ["slurm"],
     "transformers": ["data.tokenizer", "convert"],
 }
 LATE_TORCH = [*LEVELS[0].split(), "data", *LEVELS[-1].split()]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from megacl.model.config import ModelConfig
 from megacl.model.gpt import GPT, build_model, count_parameters
 from megacl.model.layers import find_documents
 from megacl.parallel.ranks import Ranks
+from megacl.zero_memory import held_by
 
 ROWS, LENGTH = 3, 64
 
@@ -29,6 +31,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "tied": {"form": "llama", "tie_embeddings": True},
     "layer norm of heads": {"qk_norm": "layer_norm", "rotary_pct": 1.0},
     "rms norm of heads": {"form": "llama", "qk_norm": "rms_norm", "num_kv_heads": 1},
+    "one after the other": {"parallel_residual": False, "attention_bias": "none", "gelu": "tanh"},
+    "biases and wide heads": {
+        "form": "llama",
+        "head_dim": 48,
+        "num_kv_heads": 2,
+        "attention_bias": "all",
+        "mlp_bias": True,
+    },
 }
 
 
@@ -116,7 +126,16 @@ def test_a_step_allocates_what_was_estimated(form, shape, checkpointing, micro_b
     config = model_of(form, **shape)
     engine = EngineConfig(micro_batch_size=ROWS, loss_chunk=64, activation_checkpointing=checkpointing)
     said = estimate(config, engine, micro_batches=micro_batches).peak.total
-    assert said == pytest.approx(allocated(config, engine, micro_batches=micro_batches), rel=0.01)
+    found = allocated(config, engine, micro_batches=micro_batches)
+    # On some processors oneDNN copies the matrix that it multiplies by into a layout of its own; on others it does not.
+    copied = 4 * max(weights.numel() for weights in build_model(config, seed=0, device="meta").parameters())
+    assert 0.99 * said <= found <= 1.01 * said + copied
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+@pytest.mark.parametrize("form", ["one after the other", "biases and wide heads"])
+def test_a_step_of_what_others_train_allocates_what_was_estimated(form, checkpointing):
+    test_a_step_allocates_what_was_estimated(form, {}, checkpointing, 1)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -139,7 +158,7 @@ def benchmark(*arguments: str) -> str:
     """What tools/bench/memory.py prints."""
     command = [sys.executable, "tools/bench/memory.py", *arguments]
     here = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY, env=here, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY, env=here, timeout=900)
     return done.stdout
 
 
@@ -156,7 +175,9 @@ def test_the_table_for_gpus_needs_none():
     assert all(line.count("|") == 10 for line in lines)
 
 
-@pytest.mark.parametrize("case", [{}, {"vocab_size": 32768, "tie_embeddings": True}])
+@pytest.mark.parametrize(
+    "case", [{}, pytest.param({"vocab_size": 32768, "tie_embeddings": True}, marks=pytest.mark.long)]
+)
 def test_resident_memory_is_within_five_percent(case):
     model = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_attention_heads": 6, **case}
     said, found = beside_resident_memory(model=model, micro_batch_size=4)
@@ -171,3 +192,32 @@ def test_resident_memory_of_each_zero_stage_is_within_five_percent(stage, ranks)
     engine = {"kind": "deepspeed", "zero_stage": stage}
     said, found = beside_resident_memory(model=model, engine=engine, micro_batch_size=4, ranks=ranks)
     assert said == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_resident_memory_is_within_five_percent_where_gradients_are_sent_in_several_buckets(stage, ranks):
+    model = {"vocab_size": 8192, "hidden_size": 1024, "num_layers": 9, "num_attention_heads": 8}  # 130 million
+    engine = {"kind": "deepspeed", "zero_stage": stage}
+    times = 3 if (stage, ranks) == (3, 2) else 1  # there gloo has two buffers or three, as its threads come to work
+    measured = [
+        beside_resident_memory(model=model, engine=engine, seq_length=64, micro_batch_size=2, ranks=ranks)
+        for _ in range(times)
+    ]
+    (said,) = {said for said, _ in measured}
+    assert said == pytest.approx(statistics.median(found for _, found in measured), rel=0.05)
+
+
+def test_what_is_sent_of_gradients_is_what_filled_the_buffer():
+    """30, 30, 60 and 10 million elements, from the last: each goes when the next has no room in 50 million."""
+    sizes = [30_000_000, 30_000_000, 60_000_000, 10_000_000]
+    held = held_by(EngineConfig(kind="deepspeed", zero_stage=3), sizes=sizes, ranks=1, accumulates=False, device="cpu")
+    buffer = 4 * 30_000_000  # the one of 60 million does not pass through it
+    coming, arrivals = 0, []
+    for size in reversed(sizes):
+        arrivals.append(held.arriving(4 * coming, 4 * size))
+        coming += size
+    copies = [0, 10_000_000, 60_000_000, 30_000_000]  # twice in fp32: what is sent, and gloo's
+    assert [found.sending for found in arrivals] == [buffer + 8 * copy for copy in copies]
+    assert held.endings["reduction"].sending == buffer + 8 * 30_000_000

@@ -1,7 +1,9 @@
 """Publishing: a reader sees the old file, the new one, or none; what a disk refuses is one line that names it."""
 
 import errno
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +97,23 @@ def test_a_second_process_is_kept_out_of_a_folder_until_the_first_one_ends(tmp_p
         process.kill()
     with alone_in(tmp_path, "another run"):
         pass
+
+
+def test_a_folder_that_is_deleted_before_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch) -> None:
+    folder, flock, calls = tmp_path / "folder", fcntl.flock, []
+
+    def late(descriptor: int, kind: int) -> None:
+        if not calls:
+            shutil.rmtree(folder)  # as its owner does, who ended between the opening of the lock and this
+        calls.append(descriptor)
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with alone_in(folder, "another run"):
+        (folder / "something").write_text("there is a folder")
+        with pytest.raises(DataError, match="another run is at work there"), alone_in(folder, "another run"):
+            pass
+    assert len(calls) == 3
 
 
 def test_processes_of_one_number_on_several_machines_publish_a_file_at_once(tmp_path: Path, monkeypatch) -> None:

@@ -201,9 +201,9 @@ def test_what_a_run_passed_over_is_seen_by_none_but_the_checkpoints_that_learned
 
 def test_runs_on_a_copy_of_the_folder_are_found_and_runs_on_other_data_are_not(tmp_path, ours, other, lineages):
     lineage, _ = lineages[0]
-    text = lineage.dump().replace(str(ours.path), "/gone/elsewhere")
-    save_run(tmp_path / "runs" / "copy", lineage)
-    (tmp_path / "runs" / "copy" / "lineage.json").write_text(text)
+    (phase,) = lineage.phases
+    elsewhere = tuple(replace(source, path="/gone/elsewhere") for source in phase.sources)
+    save_run(tmp_path / "runs" / "copy", Lineage(phases=(replace(phase, sources=elsewhere),)))
     every = sorted(ours.documents)
     assert [each.phase for each in look(ours, every, [tmp_path / "runs"])[0]] == ["one-source"]
     assert look(other, sorted(other.documents), [tmp_path / "runs"]) == ([], [])

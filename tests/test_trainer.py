@@ -12,28 +12,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import Prepared, write_documents
-from runs import last_state, losses, metrics, start, state
+from runs import WEIGHTS, last_state, losses, metrics, start, state
 from torch.nn import functional
 
-from megacl.checkpoint import find_checkpoint, list_checkpoints, open_checkpoint
+from megacl.checkpoint import checkpoint_path, find_checkpoint, list_checkpoints, mark_of, open_checkpoint
+from megacl.checkpoint_files import TensorFiles
 from megacl.configfile import from_tree, load
+from megacl.data.prepare import prepare
 from megacl.data.source import open_source
 from megacl.data.stream import PhaseStream, open_recorded
+from megacl.data.tokenizer import load_tokenizer
 from megacl.errors import CheckpointError, ConfigError, DataError, DivergedError
-from megacl.evaluate import forgetting_table
-from megacl.lineage import load_lineage
+from megacl.lineage import BranchRecord, load_lineage
 from megacl.model.gpt import build_model
 from megacl.publish import alone_in
 from megacl.trainer import train
-from tests.ranks import run_on_ranks
+from megacl.transfer import read_matrix
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes that some tests start, so that states compare to the bit
-    yield
-    torch.set_num_threads(threads)
+# As the processes have that some tests start, so that states compare to the bit.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +184,7 @@ def test_told_to_stop_and_started_again_a_run_ends_bitwise_as_if_undisturbed(
     assert losses(tmp_path / "run") == losses(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGUSR1])
 def test_a_signal_from_outside_saves_and_exits_with_75(
     prepared: Prepared, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -224,32 +221,6 @@ def blocks_usr1(pid: int) -> bool:
     return bool(int(mask, 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
-def what_a_rank_does(ranks: Any, case: str) -> str:
-    """Rank 0 never gets its part of a batch; the last rank has its own at once."""
-    from types import SimpleNamespace
-
-    from megacl.trainer import _Run
-
-    mine = ranks.rank != 0
-    stop = SimpleNamespace(received=case == "told" and mine)
-
-    def poll(seconds: float) -> Any:
-        if case == "broken" and not mine:
-            raise DataError("rank 0 cannot read")
-        return SimpleNamespace(targets=1) if mine else None
-
-    run: Any = SimpleNamespace(ranks=ranks, stop=stop, _save=lambda: None)
-    try:
-        return str(_Run._next_batch(run, poll))
-    except DataError as error:
-        return f"{error} {error.on_every_rank}"
-
-
-def test_one_rank_that_waits_for_data_or_cannot_read_it_ends_all_of_them_alike() -> None:
-    assert run_on_ranks(2, what_a_rank_does, "told") == ["None"] * 2
-    assert run_on_ranks(2, what_a_rank_does, "broken") == ["rank 0 cannot read True"] * 2
-
-
 def wait_for_steps(run_dir: Path, steps: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -263,7 +234,9 @@ def metrics_so_far(run_dir: Path) -> list[str]:
     return [line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if '"step", "step"' in line]
 
 
-@pytest.mark.parametrize("steps", [1, 5, 12])
+@pytest.mark.parametrize(
+    "steps", [pytest.param(1, marks=pytest.mark.long), 5, pytest.param(12, marks=pytest.mark.long)]
+)
 def test_killed_with_sigkill_and_started_again_a_run_ends_bitwise_as_if_undisturbed(
     prepared: Prepared, whole: Path, tmp_path: Path, steps: int
 ) -> None:
@@ -284,7 +257,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_good_one(
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
-    weights = run_dir / "checkpoints" / "step-00000020" / "weights.safetensors"
+    weights = run_dir / "checkpoints" / "step-00000020" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1])
     (run_dir / "checkpoints" / "step-00000015" / "manifest.json").unlink()
     (run_dir / "config.yaml").unlink()  # each checkpoint carries one, too
@@ -302,7 +275,7 @@ def test_checkpoints_that_are_all_damaged_stop_the_run_instead_of_starting_it_an
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     for path in list_checkpoints(run_dir):
-        (path / "weights.safetensors").write_bytes(b"")
+        (path / WEIGHTS).write_bytes(b"")
     with pytest.raises(CheckpointError, match="has 4 checkpoints, and every one is damaged"):
         train(from_tree(prepared.tree(run_dir)))
     assert losses(run_dir) == losses(whole)
@@ -373,6 +346,22 @@ def test_an_evaluation_under_way_gives_way_to_a_signal_and_the_step_is_saved(
     assert last_state(tmp_path / "run") == last_state(whole)
 
 
+def test_going_on_records_nothing_for_a_source_of_which_nothing_is_held_out(prepared: Prepared, tmp_path: Path) -> None:
+    prepare(
+        [str(prepared.documents["german"])],
+        tokenizer=load_tokenizer(prepared.tokenizer),
+        out=tmp_path / "all",
+        validation=0,
+    )
+    tree = prepared.tree(tmp_path / "run")
+    tree["sources"]["all"] = {"path": str(tmp_path / "all")}
+    assert train(from_tree(tree)) == "done"
+    before = metrics(tmp_path / "run", "evaluation")
+    assert train(from_tree(tree)) == "done"
+    assert metrics(tmp_path / "run", "evaluation") == before
+    assert all(record["sources"] for record in before)
+
+
 def test_a_source_that_an_appended_phase_brings_is_evaluated_before_it(prepared: Prepared, tmp_path: Path) -> None:
     tree = prepared.tree(tmp_path / "run")
     phases, german = tree["phases"], tree["sources"].pop("german")
@@ -389,7 +378,7 @@ def test_what_killed_saves_left_is_swept_away(prepared: Prepared, whole: Path, t
     shutil.copytree(whole, run_dir)
     (run_dir / "checkpoints" / ".step-00000099.0123456789abcdef.tmp").mkdir()
     train(from_tree(prepared.tree(run_dir)))
-    assert not list((run_dir / "checkpoints").glob(".*"))
+    assert not list((run_dir / "checkpoints").glob(".*.tmp"))
 
 
 def test_a_signal_while_data_is_prepared_ends_with_75(prepared: Prepared, tmp_path: Path) -> None:
@@ -456,7 +445,14 @@ def test_a_run_that_starts_from_another_is_as_if_it_were_that_runs_next_phase(
     assert last_state(tmp_path / "child") == last_state(whole)
     assert losses(tmp_path / "child") == losses(whole)[12:]
     assert metrics(tmp_path / "child", "step")[-1]["tokens"] == metrics(whole, "step")[-1]["tokens"]
-    assert [phase.run for phase in load_lineage(tmp_path / "child").phases] == [parent.name, "child"]
+    lineage, origin = load_lineage(tmp_path / "child"), checkpoint_path(parent, 12)
+    assert [phase.run for phase in lineage.phases] == [parent.name, "child"]
+    (branch,) = lineage.events
+    assert isinstance(branch, BranchRecord)
+    assert (branch.after, branch.checkpoint) == (1, mark_of(open_checkpoint(origin)))
+    assert branch.checkpoint.weights == TensorFiles(origin).hash_weights()
+    assert (branch.checkpoint.run, branch.checkpoint.step) == (parent.name, 12)
+    assert lineage.ids[0] == branch.checkpoint.id == load_lineage(origin).id
     before = metrics(tmp_path / "child", "evaluation")[0]
     assert before["at"] == "start"
     assert before["sources"] == metrics(whole, "evaluation")[1]["sources"]
@@ -646,7 +642,8 @@ def test_a_held_out_loss_that_is_not_finite_is_recorded_as_null_and_ends_the_run
         train(from_tree(tree))
     evaluations = metrics(tmp_path / "run", "evaluation")
     assert evaluations[-1]["sources"]["german"]["loss"] is None
-    assert all(math.isnan(row.forgetting) for row in forgetting_table(evaluations))
+    matrix = read_matrix(tmp_path / "run")
+    assert all(math.isnan(matrix.forgetting(source) or 0.0) for source in ("english", "german"))
 
 
 def test_records_stay_json_where_numbers_are_not_finite(prepared: Prepared, tmp_path: Path) -> None:

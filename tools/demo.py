@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from megacl.evaluate import forgetting_table
-from megacl.log import read_metrics, table_text
+from megacl.heldout import loss_at, read_evaluations
+from megacl.log import table_text
 
 REPLAY, NO_REPLAY, PAGE = Path("demo/replay-25"), Path("demo/replay-0"), Path("demo/report.html")
 
@@ -22,12 +22,6 @@ def megacl(*arguments: str) -> None:
         sys.exit(status)
 
 
-def ends(run: Path) -> dict[str, dict[str, float]]:
-    """source -> label -> held-out loss, where the run began ("before") and at each phase's end."""
-    evaluations = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "evaluation"]
-    return {row.source: dict(row.losses) for row in forgetting_table(evaluations)}
-
-
 def main() -> None:
     begun = time.monotonic()
     megacl("train", "recipe/demo.yaml")
@@ -36,15 +30,12 @@ def main() -> None:
     megacl("sample", str(REPLAY), "--prompt", "Die Datei", "--tokens", "40")
     megacl("report", str(REPLAY), str(NO_REPLAY), "--out", str(PAGE))
 
-    replay, no_replay = ends(REPLAY), ends(NO_REPLAY)
+    replay, no_replay = read_evaluations(REPLAY), read_evaluations(NO_REPLAY)
     print("\nheld-out loss in nats a token: English first, then German")
     header = ["", "before German", "after, no replay", "after, 25 % replay"]
+    columns = [(replay, "english"), (no_replay, "german"), (replay, "german")]
     rows = [
-        [
-            source,
-            *(f"{loss:.3f}" for loss in (replay[source]["english"], no_replay[source]["german"], losses["german"])),
-        ]
-        for source, losses in replay.items()
+        [source, *(f"{loss_at(way, source, phase):.3f}" for way, phase in columns)] for source in ("english", "german")
     ]
     print("\n".join(table_text(header, rows)))
     print(f"\n{time.monotonic() - begun:.0f} s; the report is {PAGE}")

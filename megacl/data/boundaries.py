@@ -15,8 +15,9 @@ beginning can decide, by rounding, between two ways to split it.
 that reached a byte of WORD_END ends before a byte of AFTER_WORD, wherever it began, and none looks back.
 """
 
+import struct
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,14 +48,15 @@ _MODEL_TYPE, _SPACE_BEHIND = 3, 24  # fields of a trainer's settings
 _BPE = 2
 _RULES, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 2, 3, 4, 5  # fields of a normaliser's settings
 _SELF_TEST = 4
+_PIECE, _SCORE = 1, 2  # fields of a model, and of a piece
 
 
 def of_sentencepiece(model: Any) -> Boundaries | None:
     """The boundaries of a SentencePieceProcessor, in its texts as they are, with U+2581 written as a space."""
     settings: dict[tuple[int, int], int | bytes] = {}
-    for number, value, _ in _fields(model.serialized_model_proto()):
+    for number, value, _ in message_fields(model.serialized_model_proto()):
         if number in (_TRAINER, _NORMALIZER) and isinstance(value, bytes):
-            settings |= {(number, inner): setting for inner, setting, _ in _fields(value)}
+            settings |= {(number, inner): setting for inner, setting, _ in message_fields(value)}
     ids = range(model.vocab_size())
     if (
         settings.get((_TRAINER, _MODEL_TYPE)) != _BPE
@@ -75,23 +77,61 @@ def of_sentencepiece(model: Any) -> Boundaries | None:
     return boundaries.ravel()
 
 
+def merges_by_score(model: bytes) -> bool:
+    """Whether a SentencePiece model, given as its file's content, is BPE: the higher a piece's score, the earlier."""
+    kind = None
+    for number, value, _ in message_fields(model):
+        if number == _TRAINER and isinstance(value, bytes):
+            kind = next((setting for inner, setting, _ in message_fields(value) if inner == _MODEL_TYPE), kind)
+    return kind == _BPE
+
+
+def lowest_score(model: bytes) -> float:
+    """The lowest score of a SentencePiece model's pieces."""
+    scores = [0.0]
+    for number, piece, _ in message_fields(model):
+        if number == _PIECE and isinstance(piece, bytes):
+            scores += [struct.unpack("<f", value)[0] for n, value, _ in message_fields(piece) if n == _SCORE]  # type: ignore[arg-type]
+    return min(scores)
+
+
+def with_pieces(model: bytes, pieces: Sequence[str]) -> bytes:
+    """A SentencePiece model with more pieces behind its own, each of a lower score than those before it."""
+    lowest = lowest_score(model)
+    added = []
+    for rank, piece in enumerate(pieces, start=1):
+        text = piece.encode()
+        fields = bytes([1 << 3 | 2, *_varint(len(text))]) + text + bytes([_SCORE << 3 | 5])
+        fields += struct.pack("<f", lowest - rank)
+        added.append(bytes([_PIECE << 3 | 2, *_varint(len(fields))]) + fields)
+    return model + b"".join(added)
+
+
+def _varint(number: int) -> list[int]:
+    head = []
+    while number > 0x7F:
+        head.append(number & 0x7F | 0x80)
+        number >>= 7
+    return [*head, number]
+
+
 def adds_space_in_front(model: bytes) -> bool:
     """Whether a SentencePiece model, given as its file's content, encodes a text as if a space stood before it."""
     added = 1
-    for number, value, _ in _fields(model):
+    for number, value, _ in message_fields(model):
         if number == _NORMALIZER and isinstance(value, bytes):
-            added = next((int(setting) for inner, setting, _ in _fields(value) if inner == _DUMMY_PREFIX), added)
+            added = next((int(setting) for inner, setting, _ in message_fields(value) if inner == _DUMMY_PREFIX), added)
     return bool(added)
 
 
 def without_space_in_front(model: bytes) -> bytes:
     """The same model, but for the space that it adds; for the later parts of a text that was cut."""
     # Settings that are given once more at the end win. The self-test is of the model as it was.
-    kept = b"".join(raw for number, _, raw in _fields(model) if number != _SELF_TEST)
+    kept = b"".join(raw for number, _, raw in message_fields(model) if number != _SELF_TEST)
     return kept + bytes([_NORMALIZER << 3 | 2, 2, _DUMMY_PREFIX << 3, 0])
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
+def message_fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
     """The fields of a protocol buffers message: (number, value, all of its bytes); 32 and 64 bit values as bytes."""
 
     def varint(at: int) -> tuple[int, int]:

@@ -91,6 +91,8 @@ class Loader:
         self._next = 0
         self.waited = 0.0
         """Seconds for which whoever iterates has waited, the first batch included."""
+        self.arrived = 0
+        """Pieces of shards that have come from stores so far: it grows as long as something comes."""
 
     def state_dict(self) -> dict[str, int]:
         """{"samples": how many samples of the phase have been handed out}, the same on every rank."""
@@ -138,6 +140,9 @@ class Loader:
                 except queue.Full:
                     continue
 
+        def arrives() -> None:
+            self.arrived += 1  # of two threads at once one may go uncounted, which is as good
+
         def read_ahead(first: int) -> None:
             try:
                 count = 1  # the first batch alone: somebody waits for it
@@ -147,8 +152,9 @@ class Loader:
                     batch_size=self._batch_size,
                     rows=self._rows,
                     offset=self._rank * self._rows,
+                    arrives=arrives,
                 )
-                with on_this_rank(), wanted_until(stop.is_set), look_ahead:
+                with on_this_rank(), wanted_until(stop.is_set, arrives), look_ahead:
                     while first + self._batch_size <= budget and not stop.is_set():
                         count = min(count, (budget - first) // self._batch_size)
                         look_ahead.reached(first)

@@ -10,6 +10,7 @@ What it cannot fetch, the loader meets when it gets there.
 
 import contextlib
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
@@ -30,8 +31,21 @@ _BREATH = 0.01
 class LookAhead:
     """A context in which shards are fetched ahead; it does nothing where no source lies on a store."""
 
-    def __init__(self, stream: PhaseStream, *, first: int, batch_size: int, rows: int, offset: int) -> None:
-        """first: the sample with which the next batch begins. rows, offset: this rank's part of a batch."""
+    def __init__(
+        self,
+        stream: PhaseStream,
+        *,
+        first: int,
+        batch_size: int,
+        rows: int,
+        offset: int,
+        arrives: Callable[[], None] = lambda: None,
+    ) -> None:
+        """first: the sample with which the next batch begins. rows, offset: this rank's part of a batch.
+
+        arrives: called whenever a piece of a shard has come.
+        """
+        self._arrives = arrives
         self._stream, self._first, self._batch_size = stream, first, batch_size
         self._rows, self._offset = rows, offset
         self._reached = first
@@ -103,5 +117,5 @@ class LookAhead:
     def _fetch(self, source: int, shard: int) -> None:
         row = self._stream.sources[source].train.shards.row(shard)
         # An error that lasts is raised where the shard is read.
-        with contextlib.suppress(DataError, StoppedError), wanted_until(self._stop.is_set):
+        with contextlib.suppress(DataError, StoppedError), wanted_until(self._stop.is_set, self._arrives):
             self._remote[source].fetch_ahead(row)

@@ -11,7 +11,8 @@ A line of L samples from pattern A to pattern B. Its first r samples hold floor(
 that grows from 0 to 1, and the rest of A. Each side is read in its own pattern's order, so that a source's draw is the
 sum of its places on both.
 
-A mixture is a sequence of such pieces; each begins its patterns anew, and the draws go on.
+A mixture is a sequence of such pieces; each begins its patterns anew, and the draws go on. Where a phase continues an
+earlier one's mixture, the first piece has begun before sample 0, and draws count from sample 0 all the same.
 """
 
 import bisect
@@ -198,9 +199,13 @@ class _Stretch:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Numbered sources mixed by pieces, of which the last goes on for ever, or to its line's end if it has one."""
+    """Numbered sources mixed by pieces, of which the last goes on for ever: a line comes to an end, so it has none."""
 
     pieces: tuple[MixturePiece, ...]
+
+    def __post_init__(self) -> None:
+        if self.pieces[-1].line is not None:
+            raise ValueError("a mixture's last piece has a line; a piece must follow where that ends")
 
     @functools.cached_property
     def _stretches(self) -> tuple[_Stretch, ...]:
@@ -212,8 +217,8 @@ class Mixture:
 
     @functools.cached_property
     def _before(self) -> Int64:
-        """Draws of each source before each piece: int64 [pieces, sources]."""
-        before = [np.zeros(len(self.pieces[0].weights), dtype=np.int64)]
+        """Draws of each source before each piece, counted from sample 0 on: int64 [pieces, sources]."""
+        before = [-self._stretches[0].counts(0)]
         for stretch, following in zip(self._stretches, self.pieces[1:], strict=False):
             before.append(before[-1] + stretch.counts(following.first))
         return np.stack(before)
@@ -223,7 +228,7 @@ class Mixture:
 
     def locate(self, samples: Int64) -> tuple[Int64, Int64]:
         """(source, its draw) of each sample: int64 [N] -> two of int64 [N]. A source's draws count 0, 1, 2, ..."""
-        if len(self.pieces) == 1:
+        if len(self.pieces) == 1 and self.pieces[0].first == 0:
             return self._stretches[0].locate(samples)
         source, draw = np.empty_like(samples), np.empty_like(samples)
         pieces = self._piece_of(samples)
@@ -238,6 +243,19 @@ class Mixture:
         index = int(self._piece_of(np.array([samples]))[0])
         counted: Int64 = self._before[index] + self._stretches[index].counts(samples)
         return counted
+
+
+def pieces_since(pieces: tuple[MixturePiece, ...], sample: int) -> tuple[MixturePiece, ...]:
+    """The pieces of the mixture that goes on with `sample` of this one: sample 0 there is that one here."""
+    current = max(index for index, piece in enumerate(pieces) if piece.first <= sample)
+    return tuple(
+        replace(
+            piece,
+            first=piece.first - sample,
+            line=piece.line and replace(piece.line, start=piece.line.start - sample, end=piece.line.end - sample),
+        )
+        for piece in pieces[current:]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- sources that run out
@@ -261,22 +279,24 @@ def renormalised(
     """A mixture whose sources run out: from there on each pattern's others share a source's places by their weights.
 
     left: how many draws each source has. Returns the pieces; how many of the `samples` samples there are before a piece
-    has nothing left; and for each source that runs out the sample that would have been the first beyond it.
+    has nothing left; and for each source that runs out the sample that would have been the first beyond it. Pieces that
+    begin at or behind the last of the samples are kept, since a phase that continues this one may reach them.
     """
     out: dict[int, int] = {}
     while (found := first_to_run_out(Mixture(pieces), left, samples)) is not None:
         sample, source = found
         out[source] = sample
         changed = [piece for piece in pieces if piece.first < sample]
-        for piece, end in zip(pieces, [*(piece.first for piece in pieces[1:]), samples], strict=True):
+        for piece, end in zip(pieces, [*(piece.first for piece in pieces[1:]), math.inf], strict=True):
             if end <= sample:
                 continue
             first = max(piece.first, sample)
             without = _without(piece, source, first)
-            if without is None:
+            if without is None and first < samples:
                 samples = first
+                changed += [later for later in pieces if later.first >= first]
                 break
-            changed.append(without)
+            changed.append(without or piece)
         pieces = tuple(changed) or pieces
     return pieces, samples, out
 

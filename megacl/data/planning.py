@@ -8,7 +8,9 @@ mixture become numbers of samples, and sources that run out are found by halving
 all, and a later state of the data does not move it.
 
 A source goes on where the last phase that read it (in the same cut and under the same seed) stopped, so that nothing is
-seen twice before everything was seen once; a replay goes on where the last replay of that phase stopped.
+seen twice before everything was seen once; a replay goes on where the last replay of that phase stopped. A phase that
+`continues` the one before also takes over its mixture and its places for replays, in the middle of their patterns: it
+reads what that one would have read next.
 """
 
 import math
@@ -18,7 +20,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from megacl.config_phase import PhaseConfig, ReplayConfig, length_in_steps, share_of
-from megacl.data.mixture import MAX_LINE, Mixture, first_to_run_out, integer_weights, renormalised
+from megacl.data.mixture import MAX_LINE, Mixture, first_to_run_out, integer_weights, pieces_since, renormalised
 from megacl.data.replay import draws_in_a_round, next_draw, policy_weights
 from megacl.data.sequences import build_sequences
 from megacl.data.source import Source
@@ -27,6 +29,7 @@ from megacl.lineage import (
     Lineage,
     MixtureLine,
     MixturePiece,
+    OptimizerState,
     PhaseRecord,
     ReplayedPhase,
     ReplayRecord,
@@ -46,7 +49,7 @@ def plan_phase(
     global_batch_size: int,
     steps: int,
     schedule: dict[str, Any],
-    optimizer_state: Literal["new", "kept", "reset"],
+    optimizer_state: OptimizerState,
     start_lr: float,
 ) -> PhaseRecord:
     """The record of a phase that begins after `lineage`, with nothing seen yet.
@@ -55,29 +58,39 @@ def plan_phase(
     Raises ConfigError where the phase cannot follow this lineage or has nothing left to read, DataError where a source
     or a replayed phase is too small for one sequence.
     """
-    if phase.name in {earlier.name for earlier in lineage.phases}:
+    if phase.name in lineage.names:
         raise ConfigError(
-            f"the model has already been through a phase named {phase.name!r}; give this one a name of its own."
+            f"the model has already been through a phase or a merge named {phase.name!r}; give this one another name."
         )
-    _check_names(phase, sources)
+    before = None
+    if phase.continues:
+        before = lineage.phases[-1]
+        _check_continued(before, phase, sources, seed, seq_length, packing)
+    names = tuple(source.name for source in before.sources) if before else phase.source_names
+    _check_names(phase, names, sources)
     share = share_of(phase.replay.share) if phase.replay else Fraction(0)
     places = _Places(share, global_batch_size)
+    if before and before.replay:
+        places = replace(places, shift=before.replay.shift + before.samples)
     records = {
         name: _source_record(lineage, name, sources[name], seq_length, packing, seed)
-        for name in (*phase.source_names, *((phase.replay.from_sources or ()) if phase.replay else ()))
+        for name in (*names, *((phase.replay.from_sources or ()) if phase.replay else ()))
     }
-    own = tuple(records[name] for name in phase.source_names)
-    pieces = _pieces(phase, sources, steps, seq_length, places)
+    own = tuple(records[name] for name in names)
+    if before:
+        pieces = pieces_since(before.mixture, before.own_before(before.samples))
+    else:
+        pieces = _pieces(phase, sources, steps, seq_length, places)
     out: dict[int, int] = {}
     if phase.when_exhausted != "repeat":
         built = [build_sequences(sources[r.name], seq_length, seed, r.window, packing) for r in own]
         left = [max(0, cut.n - record.first) for cut, record in zip(built, own, strict=True)]
-        pieces, steps, out = _until_exhausted(phase, pieces, left, steps, places)
+        pieces, steps, out = _until_exhausted(phase, names, pieces, left, steps, places)
     own_samples = places.own(steps * global_batch_size)
     counts = Mixture(pieces).counts(own_samples).tolist()
     replay = None
     if phase.replay and share:
-        replay = _plan_replay(lineage, phase.name, phase.replay, records, seq_length, places, steps)
+        replay = _plan_replay(lineage, phase, phase.replay, records, seq_length, places, steps)
     return PhaseRecord(
         run=run,
         name=phase.name,
@@ -87,11 +100,11 @@ def plan_phase(
         packing=packing,
         global_batch_size=global_batch_size,
         budget_samples=steps * global_batch_size,
-        tokenizer=sources[next(iter(phase.mixture))].tokenizer_fingerprint,
+        tokenizer=sources[names[0]].tokenizer_fingerprint,
         sources=tuple(
             replace(
                 record,
-                share=count / own_samples,
+                share=count / own_samples if own_samples else 0.0,
                 runs_out=places.sample_of(out[index]) if index in out else None,
             )
             for index, (record, count) in enumerate(zip(own, counts, strict=True))
@@ -100,13 +113,51 @@ def plan_phase(
         replay=replay,
         schedule=schedule,
         optimizer_state=optimizer_state,
+        reptile=phase.reptile,
         start_lr=start_lr,
         last_lr=start_lr,
     )
 
 
-def _check_names(phase: PhaseConfig, sources: Mapping[str, Source]) -> None:
-    mixed, replayed = phase.source_names, (phase.replay.from_sources or ()) if phase.replay else ()
+def _check_continued(
+    before: PhaseRecord,
+    phase: PhaseConfig,
+    sources: Mapping[str, Source],
+    seed: int,
+    seq_length: int,
+    packing: str,
+) -> None:
+    """Raises ConfigError or DataError where `phase` cannot go on with the samples of the phase before it."""
+    cut = {"seq_length": seq_length, "packing": packing, "seed": seed}
+    for key, now in cut.items():
+        was = getattr(before, key)
+        if was != now:
+            raise ConfigError(
+                f"phase {phase.name!r} continues {before.name!r}, whose {key} is {was}, and its own is {now}; use that "
+                "value, or give it a mixture of its own."
+            )
+    replay = phase.replay if phase.replay and share_of(phase.replay.share) else None
+    named = tuple(source.name for source in before.replay.from_sources) if before.replay else ()
+    was = before.replay and (before.replay.fraction, before.replay.policy, named)
+    if was != (replay and (share_of(replay.share), replay.policy, tuple(replay.from_sources or ()))):
+        spelled = f"share {was[0]}, policy {was[1]}" + f", from {', '.join(named)}" * bool(named) if was else "none"
+        raise ConfigError(
+            f"phase {phase.name!r} continues {before.name!r}, and its replay differs from that phase's ({spelled}); "
+            "give it the same."
+        )
+    for record in before.sources_read:
+        source = sources.get(record.name)
+        if source is None or (source.fingerprint, source.window) != (record.fingerprint, record.window):
+            raise DataError(
+                f"phase {phase.name!r} continues {before.name!r}, which reads source {record.name!r}, fingerprint "
+                f"{record.fingerprint[:12]}, window {record.window}, and sources has "
+                + ("none of that name" if source is None else f"{source.fingerprint[:12]}, window {source.window}")
+                + f"; name {record.path}, generation {record.generation}, there."
+            )
+
+
+def _check_names(phase: PhaseConfig, mixed: Sequence[str], sources: Mapping[str, Source]) -> None:
+    replayed = (phase.replay.from_sources or ()) if phase.replay else ()
     for names in (mixed, replayed):
         first_of: dict[str, str] = {}
         for name in names:
@@ -172,18 +223,24 @@ class _Places:
     share: Fraction
     """The part that is replayed."""
     batch_size: int
+    shift: int = 0
+    """Samples of the phase that it continues, from whose first one the places are counted."""
+
+    def replayed(self, samples: int) -> int:
+        """How many of the first `samples` samples are replayed ones."""
+        return math.floor((samples + self.shift) * self.share) - math.floor(self.shift * self.share)
 
     def own(self, samples: int) -> int:
-        """How many of the first `samples` samples are the phase's own: ceil(samples (1 - share))."""
-        return samples - samples * self.share.numerator // self.share.denominator
+        """How many of the first `samples` samples are the phase's own: ceil(samples (1 - share)) with no shift."""
+        return samples - self.replayed(samples)
 
     def sample_of(self, number: int) -> int:
         """The index in the phase of its own sample of that number."""
-        return number * self.share.denominator // (self.share.denominator - self.share.numerator)
+        return math.floor((number + math.ceil(self.shift * (1 - self.share))) / (1 - self.share)) - self.shift
 
     def replayed_sample_of(self, number: int) -> int:
         """The index in the phase of its replayed sample of that number."""
-        return -(-(number + 1) * self.share.denominator // self.share.numerator) - 1
+        return math.ceil((number + 1 + math.floor(self.shift * self.share)) / self.share) - 1 - self.shift
 
     def whole_steps(self, own_samples: int, steps: int) -> int:
         """How many of `steps` steps need no more than so many own samples."""
@@ -214,7 +271,10 @@ def asked_weights(
 def _pieces(
     phase: PhaseConfig, sources: Mapping[str, Source], steps: int, seq_length: int, places: _Places
 ) -> tuple[MixturePiece, ...]:
-    """The phase's mixture and its changes over the numbers of its own samples, aligned with `phase.source_names`."""
+    """The phase's mixture and its changes over the numbers of its own samples, aligned with `phase.source_names`.
+
+    Also what comes at the phase's end or behind it, which a phase that continues this one reads.
+    """
 
     def weights(mixture: Mapping[str, float]) -> tuple[int, ...]:
         whole = integer_weights(asked_weights(phase, mixture, sources))
@@ -236,20 +296,25 @@ def _pieces(
                 )
             pieces[-1] = replace(pieces[-1], line=MixtureLine(weights=new, start=begin, end=end))
         pieces.append(MixturePiece(first=end, weights=new))
-    return _before(tuple(pieces), places.own(steps * places.batch_size))
+    return tuple(pieces)
 
 
 def _before(pieces: tuple[MixturePiece, ...], samples: int) -> tuple[MixturePiece, ...]:
-    """The pieces that begin within the first `samples` samples."""
-    return tuple(piece for piece in pieces if piece.first < samples)
+    """The pieces that begin within the first `samples` samples, and the first one where there are none."""
+    return (pieces[0], *(piece for piece in pieces[1:] if piece.first < samples))
 
 
 def _until_exhausted(
-    phase: PhaseConfig, pieces: tuple[MixturePiece, ...], left: Sequence[int], steps: int, places: _Places
+    phase: PhaseConfig,
+    names: Sequence[str],
+    pieces: tuple[MixturePiece, ...],
+    left: Sequence[int],
+    steps: int,
+    places: _Places,
 ) -> tuple[tuple[MixturePiece, ...], int, dict[int, int]]:
     """(pieces, steps, the own sample with which each source runs out) under `when_exhausted: stop` or `renormalise`.
 
-    left: draws that each source has left. Raises ConfigError where not one batch is left.
+    names: of the sources. left: draws that each source has left. Raises ConfigError where not one batch is left.
     """
     samples = places.own(steps * places.batch_size)
     if phase.when_exhausted == "stop":
@@ -259,12 +324,12 @@ def _until_exhausted(
         pieces, end, out = renormalised(pieces, left, samples)
     steps = places.whole_steps(end, steps)
     if steps == 0:
-        unread = ", ".join(f"{left[index]:,} sequences of {phase.source_names[index]}" for index in out)
+        unread = ", ".join(f"{left[index]:,} sequences of {names[index]}" for index in out)
         raise ConfigError(
             f"phase {phase.name!r} ends before its first batch is full: the model has yet to read {unread}. "
             "Change the mixture, prepare more, or set when_exhausted to repeat."
         )
-    return _before(pieces, places.own(steps * places.batch_size)), steps, out
+    return pieces, steps, out
 
 
 # ---------------------------------------------------------------------------------------------- its replay
@@ -272,7 +337,7 @@ def _until_exhausted(
 
 def _plan_replay(
     lineage: Lineage,
-    name: str,
+    phase: PhaseConfig,
     replay: ReplayConfig,
     records: Mapping[str, SourceRecord],
     seq_length: int,
@@ -280,56 +345,75 @@ def _plan_replay(
     steps: int,
 ) -> ReplayRecord:
     """What a phase of so many steps replays."""
-    share, samples = str(places.share), steps * places.batch_size - places.own(steps * places.batch_size)
+    samples = places.replayed(steps * places.batch_size)
+    before = lineage.phases[-1] if phase.continues else None
+    going_on = before.replay if before else None
     if replay.from_sources:
         whole = integer_weights(replay.from_sources)
-        piece = MixturePiece(first=0, weights=tuple(whole.values()))
-        counts = Mixture((piece,)).counts(samples).tolist()
+        pieces: tuple[MixturePiece, ...] = (MixturePiece(first=0, weights=tuple(whole.values())),)
+        if before and going_on:
+            pieces = pieces_since(going_on.mixture, before.replayed_before(before.samples))
+        counts = Mixture(pieces).counts(samples).tolist()
         return ReplayRecord(
-            share=share,
-            mixture=(piece,),
+            share=str(places.share),
+            mixture=pieces,
+            shift=places.shift,
             from_sources=tuple(
                 replace(records[source], share=count / samples if samples else 0.0)
                 for source, count in zip(whole, counts, strict=True)
             ),
         )
-    earlier = {phase.name: phase for phase in lineage.phases}
-    draws = {phase.name: draws_in_a_round(phase, seq_length) for phase in lineage.phases}
-    weights = replay.from_ or policy_weights(replay, lineage, _replayable(name, draws))
-    for phase in weights:
-        if phase not in draws:
+    draws = {earlier.name: draws_in_a_round(earlier, seq_length) for earlier in lineage.phases}
+    if before and going_on:
+        names = [entry.phase for entry in going_on.from_]
+        pieces = _before(pieces_since(going_on.mixture, before.replayed_before(before.samples)), samples)
+    else:
+        weights = replay.from_ or policy_weights(replay, lineage, _replayable(phase.name, draws))
+        _check_replayed(phase.name, [*weights], lineage, draws, seq_length)
+        whole = integer_weights(weights)
+        names, pieces = [*whole], (MixturePiece(first=0, weights=tuple(whole.values())),)
+    permuted = replay.policy == "uniform"
+    entries = tuple(
+        ReplayedPhase(phase=name, first=next_draw(lineage, name, permuted=permuted, seq_length=seq_length))
+        for name in names
+    )
+    if replay.max_times:
+        left = [max(0, replay.max_times * draws[entry.phase] - entry.first) for entry in entries]
+        pieces, end, out = renormalised(pieces, left, samples)
+        if end < samples:
             raise ConfigError(
-                f"phase {name!r} replays {phase!r}, which the model has not been through; it knows {', '.join(draws)}."
+                f"phase {phase.name!r} replays {samples:,} samples, and with replay.max_times {replay.max_times} there "
+                f"are {sum(left):,} left to replay; lower replay.share, or raise max_times."
             )
+        pieces = _before(pieces, samples)
+        entries = tuple(
+            replace(entry, runs_out=places.replayed_sample_of(out[index])) if index in out else entry
+            for index, entry in enumerate(entries)
+        )
+    return ReplayRecord(
+        share=str(places.share), policy=replay.policy, mixture=pieces, shift=places.shift, from_=entries
+    )
+
+
+def _check_replayed(
+    name: str, replayed: Sequence[str], lineage: Lineage, draws: Mapping[str, int], seq_length: int
+) -> None:
+    """Raises ConfigError or DataError where phase `name` cannot replay these."""
+    earlier = {phase.name: phase for phase in lineage.phases}
+    for phase in replayed:
+        if phase not in draws:
+            known = (
+                f"it knows {', '.join(draws)}."
+                if draws
+                else ("its history names no phase. Name prepared sources in replay.from_sources instead.")
+            )
+            raise ConfigError(f"phase {name!r} replays {phase!r}, which the model has not been through; {known}")
         _check_recut(name, earlier[phase], seq_length)
         if not draws[phase]:
             raise DataError(
                 f"phase {phase!r} saw too few tokens of its own to replay one sequence of {seq_length}; "
                 "take it out of replay.from."
             )
-    whole = integer_weights(weights)
-    entries = tuple(
-        ReplayedPhase(
-            phase=phase,
-            first=next_draw(lineage, phase, permuted=replay.policy == "uniform", seq_length=seq_length),
-        )
-        for phase in whole
-    )
-    pieces: tuple[MixturePiece, ...] = (MixturePiece(first=0, weights=tuple(whole.values())),)
-    if replay.max_times:
-        left = [max(0, replay.max_times * draws[entry.phase] - entry.first) for entry in entries]
-        pieces, end, out = renormalised(pieces, left, samples)
-        if end < samples:
-            raise ConfigError(
-                f"phase {name!r} replays {samples:,} samples, and with replay.max_times {replay.max_times} there are "
-                f"{sum(left):,} left to replay; lower replay.share, or raise max_times."
-            )
-        pieces = _before(pieces, samples) or pieces
-        entries = tuple(
-            replace(entry, runs_out=places.replayed_sample_of(out[index])) if index in out else entry
-            for index, entry in enumerate(entries)
-        )
-    return ReplayRecord(share=share, policy=replay.policy, mixture=pieces, from_=entries)
 
 
 def _check_recut(name: str, earlier: PhaseRecord, seq_length: int) -> None:

@@ -7,7 +7,7 @@ prepares the shards first. Whatever exists already is used as it is.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from megacl.config import SourceConfig, TokenizerConfig
+from megacl.config_data import SourceConfig, TokenizerConfig
 from megacl.configfile import find_shipped
 from megacl.data.prepare import prepare
 from megacl.data.tokenizer import load_tokenizer

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from megacl.data.manifest import MANIFEST, Generation, Manifest, parse_manifest, read_manifest
 from megacl.data.shard_list import SHARDS, DTypeName, ShardList, parse_shards, read_shards
 from megacl.data.shards import Documents, Tokens, open_documents
-from megacl.data.store import OPEN_FETCHED, RemoteFolder, ShardCache, is_url
+from megacl.data.store import OPEN_FETCHED, RemoteFolder, ShardCache, StagedFolder, is_url
 from megacl.errors import DataError
 
 _OPEN_SHARDS = 16384
@@ -142,10 +142,24 @@ class Source:
         return self.folder.url if isinstance(self.folder, RemoteFolder) else str(self.folder)
 
     @property
+    def cached(self) -> bool:
+        """Whether its shards are read through a cache on this machine's disk."""
+        return isinstance(self.folder, RemoteFolder)
+
+    @property
+    def local(self) -> Path | None:
+        """The folder in this machine's file systems, staged or not; None where it lies on a store."""
+        if isinstance(self.folder, StagedFolder):
+            return self.folder.folder
+        return self.folder if isinstance(self.folder, Path) else None
+
+    @property
     def tokenizer_file(self) -> Path:
         """The tokenizer in the folder; a copy of it where the folder lies on a store."""
         if isinstance(self.folder, Path):
             return self.folder / self.tokenizer_name
+        if isinstance(self.folder, StagedFolder):
+            return self.folder.folder / self.tokenizer_name
         return self.folder.copy_tokenizer(self.tokenizer_name, self.tokenizer_fingerprint)
 
 
@@ -189,7 +203,8 @@ def open_source(
 def _read_lists(path: str | Path, cache: ShardCache | None) -> tuple[Path | RemoteFolder, Manifest, ShardList]:
     if not is_url(path):
         folder = Path(path)
-        return folder, read_manifest(folder), read_shards(folder)
+        staged = StagedFolder(str(path), cache) if cache is not None and cache.stage else folder
+        return staged, read_manifest(folder), read_shards(folder)
     if cache is None:
         raise DataError(
             f"{path}: its shards lie on a store, and there is no cache to fetch them into; set cache.path to a folder "

@@ -9,6 +9,9 @@ A folder is any URL that pyarrow opens: s3://, gs://, hdfs://. S3 takes its keys
 AWS_ACCESS_KEY_ID), the region from AWS_DEFAULT_REGION or `?region=`, and another server than Amazon's from
 AWS_ENDPOINT_URL or `?endpoint_override=http://host:port`.
 
+A cache may also stage folders of this machine's file systems (StagedFolder): then their shards too are copied to its
+disk, a node's own, and checked, before they are read.
+
 The cache holds shards under their SHA-256, so folders and generations that share shards share their files, and nothing
 in it is ever out of date. All processes of a machine may use one: each shard is fetched by one of them, checked in size
 and hash, and published by rename. Where the files would exceed `size`, the least recently used go first, those that no
@@ -27,6 +30,7 @@ import hashlib
 import mmap
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -35,13 +39,14 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from megacl.data.shard_list import ShardRow
-from megacl.errors import DataError, StoppedError
+from megacl.errors import ConfigError, DataError, StoppedError
 from megacl.publish import disk_errors, publish_bytes
 
 OPEN_FETCHED = 64
 """Shards of stores that a process keeps open."""
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 _CHUNK = 2**23
 _CONNECT, _SILENCE = 5.0, 20.0
 """Seconds that a connection to S3 may take, and that one may be silent, before the next try."""
@@ -65,15 +70,21 @@ def is_url(path: str | Path) -> bool:
 # Who wants to stop stands at the loop that reads, and what is read lies many calls below it.
 _told_to_stop: ContextVar[Callable[[], bool]] = ContextVar("_told_to_stop", default=lambda: False)
 
+_arrives: ContextVar[Callable[[], None]] = ContextVar("_arrives", default=lambda: None)
+
 
 @contextlib.contextmanager
-def wanted_until(told: Callable[[], bool]) -> Iterator[None]:
-    """A block in which whatever is read from a store is broken off once told() is true. It counts for its thread."""
-    token = _told_to_stop.set(told)
+def wanted_until(told: Callable[[], bool], arrives: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """A block in which whatever is read from a store is broken off once told() is true. It counts for its thread.
+
+    arrives: called whenever a piece of a shard has come.
+    """
+    token, other = _told_to_stop.set(told), _arrives.set(arrives)
     try:
         yield
     finally:
         _told_to_stop.reset(token)
+        _arrives.reset(other)
 
 
 def _check_wanted() -> None:
@@ -84,9 +95,24 @@ def _check_wanted() -> None:
 class ShardCache:
     """Whole shards on a local disk, `size` bytes of them at most."""
 
-    def __init__(self, path: Path, size: int, patience: float = 120.0) -> None:
-        """patience: seconds for which what may get better is tried again."""
-        self.path, self.size, self.patience = path, size, patience
+    def __init__(self, path: Path | str, size: int, patience: float = 120.0, *, stage: bool = False) -> None:
+        """path: may name variables of the environment, "$SCRATCH/shards", which each machine resolves for itself.
+
+        patience: seconds for which what may get better is tried again. stage: whether folders are read through it too.
+        """
+        self.size, self.patience, self.stage = size, patience, stage
+        self._named = str(path)
+
+    @property
+    def path(self) -> Path:
+        """The folder on this machine. Raises ConfigError where it names a variable that is not set here."""
+        found = os.path.expandvars(self._named)
+        if missing := _VARIABLE.search(found):
+            raise ConfigError(
+                f"cache.path is {self._named!r}, and {missing[0]} is not set on {socket.gethostname()}; set it there, "
+                "or name a folder."
+            )
+        return Path(found)
 
     def holds(self, row: ShardRow) -> bool:
         """Whether the shard is there; it then counts as just used."""
@@ -95,6 +121,12 @@ class ShardCache:
         except FileNotFoundError:
             return False
         return True
+
+    def held(self) -> int:
+        """Bytes of the shards that are there."""
+        with contextlib.suppress(OSError):
+            return sum(file.stat().st_size for file in self.path.glob("*.arrow"))
+        return 0
 
     def open(self, row: ShardRow, fetch: Callable[[BinaryIO], None]) -> BinaryIO:
         """The shard's file, opened; `fetch` writes its content into a file where it is not there.
@@ -211,12 +243,18 @@ def _is_open(file: Path) -> bool:
 class RemoteFolder:
     """A data folder on a store. It pickles; each process makes its own connection."""
 
+    _what, _remedy = "the store", "Upload it again."
+    _access = (
+        "Look at the keys in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3) and at what they may "
+        "read."
+    )
+
     def __init__(self, url: str, cache: ShardCache) -> None:
         self.url, self.cache = url, cache
         self._connection: tuple[Any, str] | None = None
 
     def __reduce__(self) -> tuple[type["RemoteFolder"], tuple[str, ShardCache]]:
-        return RemoteFolder, (self.url, self.cache)
+        return type(self), (self.url, self.cache)
 
     def __str__(self) -> str:
         return self.url.split("?")[0].rstrip("/")
@@ -277,7 +315,7 @@ class RemoteFolder:
                 if opened.size() != row.size:
                     raise DataError(
                         f"{where}: the shard has {opened.size()} bytes, but shards.arrow says {row.size}; it is "
-                        "truncated or not the same file. Upload it again."
+                        f"truncated or not the same file. {self._remedy}"
                     )
                 file.seek(0)
                 while file.tell() < row.size:
@@ -285,6 +323,7 @@ class RemoteFolder:
                     chunk = opened.read(_CHUNK)
                     if not chunk:
                         raise OSError("the connection ended too early")
+                    _arrives.get()()
                     digest.update(chunk)
                     with disk_errors(self.cache.path, "a fetched shard"):
                         file.write(chunk)
@@ -293,9 +332,9 @@ class RemoteFolder:
         try:
             found = self._patiently(row.path, attempt)
         except FileNotFoundError:
-            raise DataError(f"{where}: the shard is missing. Upload it again.") from None
+            raise DataError(f"{where}: the shard is missing. {self._remedy}") from None
         if found != row.sha256:
-            raise DataError(f"{where}: its hash is not the one in shards.arrow; it was changed. Upload it again.")
+            raise DataError(f"{where}: its hash is not the one in shards.arrow; it was changed. {self._remedy}")
 
     def _store(self) -> tuple[Any, str]:
         """pyarrow's file system, and the folder's path in it."""
@@ -315,20 +354,39 @@ class RemoteFolder:
             except OSError as error:
                 reason = str(error).splitlines()[0]
                 if _REFUSED.search(reason) or error.errno in (errno.EACCES, errno.EPERM):
-                    raise DataError(
-                        f"{where}: the store refuses access ({reason}). Look at the keys in the environment "
-                        "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3) and at what they may read."
-                    ) from None
+                    raise DataError(f"{where}: {self._what} refuses access ({reason}). {self._access}") from None
                 if time.monotonic() + delay > end:
                     raise DataError(
-                        f"{where}: the store cannot be read, tried for {self.cache.patience:g} s ({reason}). Run the "
-                        "same command again once it can, or raise cache.patience."
+                        f"{where}: {self._what} cannot be read, tried for {self.cache.patience:g} s ({reason}). Run "
+                        "the same command again once it can, or raise cache.patience."
                     ) from None
             again = time.monotonic() + delay
             while (left := again - time.monotonic()) > 0:
                 _check_wanted()
                 time.sleep(min(left, _LOOK))
             delay = min(2 * delay, _LONGEST_DELAY)
+
+
+class StagedFolder(RemoteFolder):
+    """A data folder of this machine's file systems, such as a parallel one, whose shards are read from the cache."""
+
+    _what, _remedy = "the file system", "Restore it from a copy, or prepare the folder again."
+    _access = "Look at who may read the file."
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return Path(self.url)
+
+    def _store(self) -> tuple[Any, str]:
+        if self._connection is None:
+            from pyarrow import fs
+
+            self._connection = (fs.LocalFileSystem(), str(self.folder.absolute()))
+        return self._connection
 
 
 def _connect(url: str) -> tuple[Any, str]:

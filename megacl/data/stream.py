@@ -5,6 +5,7 @@ stream = PhaseStream(lineage.with_phase(record), open_source)
 tokens = stream.read(np.arange(64))                     # int64 [64, T + 1]
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -39,7 +40,7 @@ def open_recorded(record: SourceRecord, known: Iterable[Source] = (), cache: Sha
     except DataError as error:
         raise DataError(
             f"the model's history reads source {record.name!r}, fingerprint {record.fingerprint[:12]}, which is gone: "
-            f"{error} If it lies elsewhere now, name that folder in sources."
+            f"{str(error).rstrip('.')}. If it lies elsewhere now, name that folder in sources."
         ) from None
     if source.fingerprint != record.fingerprint:
         raise DataError(
@@ -47,6 +48,16 @@ def open_recorded(record: SourceRecord, known: Iterable[Source] = (), cache: Sha
             f"was trained on {record.fingerprint[:12]}; restore the data that source {record.name!r} had."
         )
     return source
+
+
+@contextlib.contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    """A block that reads shards of a source: where one cannot be read, the error says of which source it is."""
+    try:
+        yield
+    except DataError as error:
+        name = f"source {source.name!r}, fingerprint {source.fingerprint[:12]}"
+        raise DataError(f"reading {name}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------- its samples
@@ -92,12 +103,14 @@ class _OwnSamples:
         """Tokens, int64 [N, T + 1], of own samples, int64 [N]."""
         source, starts = self.locate(samples)
         if len(self.cuts) == 1:  # most of the time of reading is copying: once is enough
-            return self.cuts[0].read(starts)
+            with _reading(self.cuts[0].source):
+                return self.cuts[0].read(starts)
         tokens = np.empty((samples.size, self.cuts[0].seq_length + 1), dtype=np.int64)
         for index, cut in enumerate(self.cuts):
             mine = np.flatnonzero(source == index)
             if mine.size:
-                tokens[mine] = cut.read(starts[mine])
+                with _reading(cut.source):
+                    tokens[mine] = cut.read(starts[mine])
         return tokens
 
 
@@ -161,11 +174,13 @@ class PhaseStream:
                 self._numbers[source.fingerprint] = len(self.sources)
                 self.sources.append(self._open(source))
             numbers.append(self._numbers[source.fingerprint])
+        cuts = []
+        for number, source in zip(numbers, records, strict=True):
+            opened = self.sources[number]
+            with _reading(opened) if phase.packing == "best_fit" else contextlib.nullcontext():  # it opens all shards
+                cuts.append(build_sequences(opened, phase.seq_length, phase.seed, source.window, phase.packing))
         return _OwnSamples(
-            cuts=tuple(
-                build_sequences(self.sources[number], phase.seq_length, phase.seed, source.window, phase.packing)
-                for number, source in zip(numbers, records, strict=True)
-            ),
+            cuts=tuple(cuts),
             firsts=np.array([source.first for source in records], dtype=np.int64),
             numbers=np.array(numbers, dtype=np.int64),
             mixture=Mixture(pieces),
@@ -174,6 +189,30 @@ class PhaseStream:
     def source_of(self, record: SourceRecord) -> Source:
         """The opened source of a record."""
         return self.sources[self._numbers[record.fingerprint]]
+
+    def check_replayed(self) -> None:
+        """Looks whether every shard of what is replayed is there, and raises DataError where one is not.
+
+        It asks the file system once a shard; of sources on a store nothing is asked.
+        """
+        replayed = [(f"phase {each.name!r}, which read ", each.sources) for each in self._phases_replayed()]
+        replayed.append(("", self.record.replay.from_sources if self.record.replay else ()))
+        for what, records in replayed:
+            for record in records:
+                source = self.source_of(record)
+                folder = source.local
+                if folder is None:
+                    continue
+                gone = [path for path in source.train.shards.paths() if not (folder / path).exists()]
+                if gone:
+                    raise DataError(
+                        f"phase {self.record.name!r} replays {what}source {record.name!r}, fingerprint "
+                        f"{record.fingerprint[:12]}, and {len(gone)} of its shards are gone: {folder / gone[0]} "
+                        "is the first. Restore them, or take it out of the replay."
+                    )
+
+    def _phases_replayed(self) -> list[PhaseRecord]:
+        return [self._lineage.phases[replayed.index] for replayed in self._replayed_phases]
 
     @property
     def seq_length(self) -> int:
@@ -217,8 +256,10 @@ class PhaseStream:
         replay = self.record.replay
         if replay is None:
             return np.zeros(samples.shape, dtype=np.bool_), samples
-        before = replayed_before(samples, replay.fraction)
-        replayed = is_replayed(samples, replay.fraction)
+        share = replay.fraction
+        places = samples + replay.shift
+        before = replayed_before(places, share) - replay.shift * share.numerator // share.denominator
+        replayed = is_replayed(places, share)
         return replayed, np.where(replayed, before, samples - before)
 
     def locate(self, samples: Int64) -> Located:

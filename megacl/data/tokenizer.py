@@ -73,6 +73,18 @@ class Tokenizer(ABC):
         self.extends = _read_extends(file)
         """Fingerprints of the tokenizers that this one extends."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels to another process, which needs no file: not what is made of it."""
+        return {name: value for name, value in vars(self).items() if name not in ("_model", "_encode", "_later")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._model = self._build()
+
+    @abstractmethod
+    def _build(self) -> Any:
+        """The library's own object, of what the file holds."""
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of a copy of the file, as save makes it."""
@@ -119,6 +131,10 @@ class Tokenizer(ABC):
         """The text of ids; control tokens such as EOS add nothing to it. ValueError for an id beyond vocab_size."""
 
     @abstractmethod
+    def spell(self, text: str) -> list[int]:
+        """The ids of a text that stands inside of a longer one: with no space put in front."""
+
+    @abstractmethod
     def pieces(self) -> list[tuple[str, str]]:
         """What every id means, from 0: (piece, kind)."""
 
@@ -150,7 +166,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, file: Path) -> None:
         super().__init__(file)
         try:
-            self._model = _load_sentencepiece(self._content)
+            self._model = self._build()
         except RuntimeError:
             raise DataError(f"{file}: not a SentencePiece model, or damaged. Copy it again.") from None
         self.vocab_size = self._model.vocab_size()
@@ -161,14 +177,16 @@ class SentencePieceTokenizer(Tokenizer):
                 "Train one that has: tools/train_tokenizer.py"
             )
 
+    def _build(self) -> Any:
+        return _load_sentencepiece(self._content)
+
     @cached_property
     def _encode(self) -> Callable[[Iterable[str]], list[npt.NDArray[np.uint32]]]:
         # One thread: prepare runs a process a core.
         def encode_whole(texts: list[str], model: Any = self._model) -> list[npt.NDArray[np.uint32]]:
             return [ids.view(np.uint32) for ids in model.encode(texts, num_threads=1, return_type="numpy")]
 
-        adds_space = boundaries.adds_space_in_front(self._content)
-        later = _load_sentencepiece(boundaries.without_space_in_front(self._content)) if adds_space else self._model
+        adds_space, later = boundaries.adds_space_in_front(self._content), self._later
         cuts = boundaries.of_sentencepiece(self._model)
         if cuts is None:
             # A space at the beginning, which some models remove, stays when it is written in their own way.
@@ -179,8 +197,19 @@ class SentencePieceTokenizer(Tokenizer):
         front = " " if adds_space else ""
         return lambda texts: encode_units((text and front + text).replace(_SPACE, " ") for text in texts)
 
+    @cached_property
+    def _later(self) -> Any:
+        """What encodes the later parts of a text that was cut."""
+        if not boundaries.adds_space_in_front(self._content):
+            return self._model
+        return _load_sentencepiece(boundaries.without_space_in_front(self._content))
+
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return str(self._model.decode(self._check_ids(ids)))
+
+    def spell(self, text: str) -> list[int]:
+        ids: list[int] = self._later.encode(text.replace(" ", _SPACE))
+        return ids
 
     def pieces(self) -> list[tuple[str, str]]:
         model = self._model
@@ -214,25 +243,34 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             # Some files list EOS as an ordinary added token, which would be found inside of texts.
             added[eos]["special"] = True
-            self._model = _load_hugging_face(tree)
+            self._tree = tree
+            self._model = self._build()
         except Exception as error:  # `tokenizers` raises the base class itself
             raise DataError(f"{file}: not a tokenizer.json, or damaged ({error}). Copy it again.") from None
-        self._tree = tree
         self.eos_id = int(added[eos]["id"])
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+
+    def _build(self) -> Any:
+        return _load_hugging_face(self._tree)
 
     @cached_property
     def _encode(self) -> Callable[[Iterable[str]], list[npt.NDArray[np.uint32]]]:
         encode = partial(_encode_hugging_face, self._model)
         cuts = boundaries.of_hugging_face(self._tree)
         if cuts is None:
-            return WholeEncoder(
-                encode, partial(_encode_hugging_face, _load_hugging_face(boundaries.without_prefix(self._tree)))
-            )
+            return WholeEncoder(encode, partial(_encode_hugging_face, self._later))
         return UnitEncoder(cuts, lambda units: encode([str(unit, "utf-8") for unit in units]))
+
+    @cached_property
+    def _later(self) -> Any:
+        """What encodes the later parts of a text that was cut."""
+        return _load_hugging_face(boundaries.without_prefix(self._tree))
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return str(self._model.decode(self._check_ids(ids), skip_special_tokens=True))
+
+    def spell(self, text: str) -> list[int]:
+        return _encode_hugging_face(self._later, [text])[0]
 
     def pieces(self) -> list[tuple[str, str]]:
         special = {index for index, token in self._model.get_added_tokens_decoder().items() if token.special}
@@ -353,8 +391,16 @@ def _read_extends(file: Path) -> tuple[str, ...]:
 
 
 def _write_extends(file: Path, extends: Sequence[str]) -> None:
-    tree = {"tokenizer": sha256_of(file), "extends": list(extends)}
-    publish_text(_extends_file(file), json.dumps(tree, indent=2) + "\n", "the record of an extension")
+    publish_text(_extends_file(file), extension_record(file.read_bytes(), extends), "the record of an extension")
+
+
+def extension_record(content: bytes, extends: Sequence[str]) -> str:
+    """What stands in FILE.extends.json beside a tokenizer's file of that content.
+
+    extends: fingerprints of the tokenizers that it extends.
+    """
+    tree = {"tokenizer": hashlib.sha256(content).hexdigest(), "extends": list(extends)}
+    return json.dumps(tree, indent=2) + "\n"
 
 
 def record_extension(base_path: str | Path, extended_path: str | Path) -> Tokenizer:

@@ -67,17 +67,23 @@ def _damages(
     problems = []
     done, total = 0, int(shards.numbers("size").sum())
     for row in shards:
-        try:
-            if problem := _damage(folder, row, manifest):
-                problems.append(f"{folder / row.path}: {problem}")
-        except DataError as error:
-            problems.append(str(error))
-        except OSError as error:
-            problems.append(f"{folder / row.path}: the shard cannot be read: {error.strerror}")
+        if problem := shard_problem(folder, row, manifest):
+            problems.append(problem)
         done += row.size
         if progress:
             progress(done, total)
     return problems
+
+
+def shard_problem(folder: Path, row: ShardRow, manifest: Manifest) -> str | None:
+    """What is wrong with a shard, every byte of it read, as a line that names its file; None if nothing is."""
+    try:
+        problem = _damage(folder, row, manifest)
+    except DataError as error:
+        return str(error)
+    except OSError as error:
+        problem = f"the shard cannot be read: {error.strerror}"
+    return f"{folder / row.path}: {problem}" if problem else None
 
 
 def _damage(folder: Path, row: ShardRow, manifest: Manifest) -> str | None:

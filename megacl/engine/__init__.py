@@ -13,9 +13,10 @@ from megacl.config import EngineConfig, OptimizerConfig
 from megacl.engine import adapter
 from megacl.engine.arithmetic import Device, device_here, set_arithmetic
 from megacl.engine.base import Engine, StepResult
+from megacl.engine.heap import keep_freed_blocks
 from megacl.engine.native import NativeEngine
 from megacl.engine.zero import DeepSpeedEngine
-from megacl.kernels import choices_of_kernels, choose_kernels
+from megacl.kernels import LOSS_CHUNK, choices_of_kernels, choose_kernels
 from megacl.model.checkpointing import FULL, SELECTIVE, Checkpointing
 from megacl.model.gpt import GPT
 from megacl.parallel.apply import apply_sequence_parallel, apply_tensor_parallel, parallel_kernels
@@ -52,14 +53,16 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
     model.use(shared)
     apply_tensor_parallel(model, ranks)
     apply_sequence_parallel(model, ranks)
-    model.loss_chunk, model.z_loss = engine.loss_chunk, optimizer.z_loss
+    model.loss_chunk, model.z_loss = engine.loss_chunk or LOSS_CHUNK[device], optimizer.z_loss
     model.checkpointing = _checkpointing(engine, len(model.layers))
     if engine.compile:
         for layer in model.layers:
             layer.compile()  # the layers share one graph, so it is compiled once
+    if device == "cpu":
+        keep_freed_blocks()
     kind = DeepSpeedEngine if engine.kind == "deepspeed" else NativeEngine
     built = kind(model, ops, engine, optimizer, ranks)
-    built.kernels, built.notices = shared, notices
+    built.choices, built.notices = (*shared.choices, *kind.update_choices), notices
     return built
 
 

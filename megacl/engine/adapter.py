@@ -4,11 +4,9 @@ Written against DeepSpeed 0.19, whose inner parts it leans on where the public f
 
 - Nothing is compiled at start: the optimizer is torch's own, and the shared-memory op that DeepSpeed builds on a CPU is
   declared incompatible before the process group is taken over.
-- Stages 1 and 2 link a parameter to its slice of the optimizer's moments once, after the first parameter group has
-  stepped, so that the second group's moments are not found; they are linked anew before each reading.
-- Reading moments that do not exist yet raises on some ranks and leaves the others waiting, so it is never tried.
-- At stage 3 the functions that write a whole parameter fail where its size does not divide by the ranks; each rank
-  writes its own padded slice instead.
+- Its functions that read a parameter's whole state give it to every rank, and where there are no moments yet they raise
+  on some ranks and leave the others waiting. Those that write one want the whole on every rank, and fail at stage 3
+  where its size does not divide by the ranks. `slices_of` says what a rank has of it: that is read and written.
 - Writing the fp32 master of a parameter leaves the module's own copy as it was until the next step; both are written.
 - Setting the parameters' gradients to zero leaves those that stages 1 to 3 have gathered, and the next step adds to
   them; they are dropped as each stage itself does after an overflow. With an optimizer on the host, stages 1 and 2 do
@@ -25,7 +23,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,7 +31,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megacl.config import EngineConfig
-from megacl.engine.base import MOMENTS
 from megacl.engine.loss_scale import LossScale
 from megacl.engine.monitors import Slice
 from megacl.errors import LaunchError
@@ -181,83 +178,21 @@ class _ModelParallelUnit:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
-def export_parameters(engine: Any, *, with_moments: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, {"weight", "exp_avg", "exp_avg_sq"}) of one parameter after another, whole, as `Engine.export_state` says.
+def shard_in_module(parameter: Any) -> Tensor | None:
+    """The module's own copy of this rank's shard of a parameter at stage 3, one-dimensional; its end may be padding."""
+    return parameter.ds_tensor.detach().view(-1) if hasattr(parameter, "ds_tensor") else None
 
-    A collective: every rank must go through all of it. with_moments: whether a step was taken since the moments were
-    reset; they are zeros otherwise.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+def spread_masters(engine: Any) -> None:
+    """Makes the parameters of their masters anew, on all ranks, as at the end of a step."""
     zero = _zero_optimizer(engine)
-    if with_moments and hasattr(zero, "_hp_optimizer_states_linked"):
-        _link_moments(zero)
-    for name, parameter in engine.module.named_parameters():
-        weight = parameter if zero is None else safe_get_full_fp32_param(parameter)
-        state = {"weight": weight.detach().to("cpu", torch.float32, copy=True)}
-        for key in MOMENTS:
-            if not with_moments:
-                state[key] = torch.zeros_like(state["weight"])
-                continue
-            whole = (
-                engine.optimizer.state[parameter][key]
-                if zero is None
-                else safe_get_full_optimizer_state(parameter, key)
-            )
-            state[key] = whole.to("cpu", torch.float32, copy=True)
-        yield name, state
-
-
-def import_parameters(engine: Any, load: Callable[[str, torch.Size], dict[str, Tensor]], *, step: int) -> None:
-    """Sets each parameter, and with step > 0 its moments, from what `load(name, shape)` gives, and Adam's step."""
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
-    zero = _zero_optimizer(engine)
-    keys = MOMENTS if step > 0 else ()
-    reset_moments(engine, step=step, create=step > 0)
-    for name, parameter in engine.module.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        state = load(name, shape)
-        sharded = hasattr(parameter, "ds_tensor")
-        with torch.no_grad():
-            if sharded:
-                parameter.ds_tensor.copy_(_slice_of(state["weight"], parameter))
-            if parameter.shape == shape:  # at stage 3 only while it is gathered
-                parameter.copy_(state["weight"])
-        if zero is None:
-            for key in keys:
-                engine.optimizer.state[parameter][key].copy_(state[key])
-        elif sharded:
-            safe_set_local_fp32_param(parameter, _slice_of(state["weight"], parameter))
-            for key in keys:
-                safe_set_local_optimizer_state(parameter, _slice_of(state[key], parameter), key)
-        else:
-            safe_set_full_fp32_param(parameter, state["weight"].to(parameter.device))
-            for key in keys:
-                safe_set_full_optimizer_state(parameter, state[key].to(parameter.device), key)
-
-
-def reset_moments(engine: Any, *, step: int = 0, create: bool = False) -> None:
-    """Sets the moments to zero and Adam's step to `step`; makes them with `create`, where there are none yet."""
-    zero, adam = _zero_optimizer(engine), adam_of(engine)
-    if create:
-        for flat in _masters(engine, zero):
-            # fused AdamW keeps its step count beside the parameter
-            adam.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                **{key: torch.zeros_like(flat) for key in MOMENTS},
-            }
-        if hasattr(zero, "_hp_optimizer_states_linked"):
-            _link_moments(zero)
-    for state in adam.state.values():
-        state["step"].fill_(float(step))
-        for key in MOMENTS:
-            state[key].zero_()
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
+        zero._partition_all_parameters()
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        zero.checkpoint_event_epilogue()  # gathers the parameters that are too small to be kept in shards
+    elif zero is not None:
+        zero.update_lp_params()
 
 
 def adam_of(engine: Any) -> torch.optim.AdamW:
@@ -267,10 +202,21 @@ def adam_of(engine: Any) -> torch.optim.AdamW:
     return adam
 
 
+def masters_of(engine: Any) -> list[Tensor]:
+    """The fp32 tensors that torch's AdamW steps on this rank."""
+    zero = _zero_optimizer(engine)
+    if zero is None:
+        return list(engine.module.parameters())
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(zero, name):  # stage 3; stages 1 and 2; stage 1 in bf16
+            return list(getattr(zero, name))
+    raise AssertionError(f"{type(zero).__name__} keeps its masters elsewhere")
+
+
 def slices_of(engine: Any) -> Iterator[Slice]:
     """Where this rank's part of each parameter lies in the tensors that torch's AdamW steps, padding left out."""
     zero = _zero_optimizer(engine)
-    masters = _masters(engine, zero)
+    masters = masters_of(engine)
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     if zero is None:
         for parameter, name in names.items():
@@ -280,14 +226,26 @@ def slices_of(engine: Any) -> Iterator[Slice]:
             start = 0
             for parameter in parameters:
                 size = parameter.ds_tensor.numel()
-                left = parameter.ds_numel - dist.get_rank(parameter.ds_process_group) * size
-                yield Slice(master, start, max(0, min(size, left)), names[parameter])
+                offset = dist.get_rank(parameter.ds_process_group) * size
+                yield Slice(master, start, max(0, min(size, parameter.ds_numel - offset)), names[parameter], offset)
                 start += size
     else:  # a stretch of all parameters laid end to end
         for parameter, name in names.items():
             if (mapping := parameter._hp_mapping) is not None:
-                at = mapping.hp_fragment_address
-                yield Slice(masters[mapping.param_group_index], at.start, at.numel, name)
+                at, offset = mapping.hp_fragment_address, mapping.lp_fragment_address.start
+                yield Slice(masters[mapping.param_group_index], at.start, at.numel, name, offset)
+
+
+def step(engine: Any, bad: Tensor) -> None:
+    """DeepSpeed's step, in which torch's AdamW leaves weights and moments as they are where `bad`, bool [] on the
+    device, is set. So the caller need not know whether it is, but DeepSpeed's own counts go on.
+
+    An update whose gradient is not finite DeepSpeed leaves out itself, in stages 1 to 3.
+    """
+    adam = adam_of(engine)
+    # The attribute by which torch's GradScaler speaks to a fused optimizer; with an optimizer on the host it is there.
+    adam.found_inf = bad.float().to(masters_of(engine)[0].device)  # type: ignore[attr-defined]
+    engine.step()
 
 
 def loss_scale(engine: Any) -> tuple[float, int]:
@@ -329,28 +287,3 @@ def drop_gradient(engine: Any) -> None:
 def _zero_optimizer(engine: Any) -> Any:
     """ZeRO's optimizer, which wraps torch's, or None at stage 0, where torch's own holds the state."""
     return engine.optimizer if hasattr(engine.optimizer, "optimizer") else None
-
-
-def _masters(engine: Any, zero: Any) -> list[Tensor]:
-    """The fp32 tensors that torch's AdamW steps on this rank."""
-    if zero is None:
-        return list(engine.module.parameters())
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-        if hasattr(zero, name):  # stage 3; stages 1 and 2; stage 1 in bf16
-            return list(getattr(zero, name))
-    raise AssertionError(f"{type(zero).__name__} keeps its masters elsewhere")
-
-
-def _link_moments(zero: Any) -> None:
-    zero._hp_optimizer_states_linked = False
-    zero._lazy_init_hp_params_optimizer_state()
-
-
-def _slice_of(whole: Tensor, parameter: Any) -> Tensor:
-    """This rank's slice of a parameter at stage 3; the last one is padded with zeros."""
-    size = parameter.ds_tensor.numel()
-    start = dist.get_rank(parameter.ds_process_group) * size
-    part = whole.flatten()[start : start + size]
-    padded = torch.zeros(size, dtype=torch.float32, device=parameter.ds_tensor.device)
-    padded[: part.numel()] = part
-    return padded

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,18 +15,23 @@ from torch import Tensor, nn
 
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.data.packing import PADDING
+from megacl.engine.gathering import Room, Stored, fresh_room
 from megacl.engine.monitors import Monitors, Slice, UpdateWatch, assemble, part_of, watched
 from megacl.engine.replicas import compare_replicas
 from megacl.errors import CheckpointError, LaunchError
-from megacl.kernels import IGNORED, Kernels
+from megacl.kernels import IGNORED, Choice, Kernels
 from megacl.model.gpt import GPT
 from megacl.model.layers import Attention
 from megacl.optimizer import set_rates
 from megacl.parallel.apply import parallel_kernels
 from megacl.parallel.ranks import Ranks
+from megacl.parallel.tensor import shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The names of Adam's moments, in torch's optimizer and in checkpoints."""
+ANCHOR = "anchor"
+"""The name of Reptile's anchor there. It is one more tensor of Adam's state of each master, so that it is sharded, put
+on the host, read and written whole as the moments are."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,7 @@ class StepResult:
     loss: float
     """Mean over the targets of the global batch, nats per token, before the update."""
     grad_norm: float
-    """Of the whole gradient, before clipping; inf or nan where the gradient is not finite. Under ZeRO 1 to 3 nan, too,
-    where the loss was not finite or above `skip_above`."""
+    """Of the whole gradient, before clipping; inf or nan where the gradient is not finite."""
     applied: bool
     """False where the weights are as before: the loss or the gradient was not finite, or the loss above `skip_above`.
     With fp16 it happens now and then, and the loss scale has been lowered."""
@@ -49,8 +54,10 @@ class StepResult:
 class Engine(ABC):
     """A model under training. With several ranks every method must be called on all of them, in the same order."""
 
-    kernels: Kernels
-    """What computes each op."""
+    choices: tuple[Choice, ...]
+    """What computes each op of the model, and the update."""
+    update_choices: ClassVar[tuple[Choice, ...]]
+    """What computes the update, which is not to be chosen."""
     notices: list[str]
     """What a user should know of how it computes here."""
 
@@ -73,7 +80,11 @@ class Engine(ABC):
         self._device = device
         self._ranks = ranks
         self._updates = 0
+        self._has_moments = False
+        self._has_anchor = self._at_anchor = False  # at it: no update was made since it was set
         self._steps = 0
+        self.progress: Callable[[], None] = lambda: None
+        """Called whenever a micro batch is done."""
 
     def step(
         self,
@@ -111,12 +122,15 @@ class Engine(ABC):
                 part = self._forward(inputs_BT, targets_BT) / share
             self._backward(part[0], last=index == len(micro_batches))
             sums += part.detach()
+            self.progress()
         set_rates(self._adam.param_groups, self._optimizer_config, lr, weight_decay)
         if logits is None:
             result = self._update(sums[1:], skip_above)
         else:
             result = self._watched_update(sums[1:], skip_above, logits)
-        self._updates += result.applied
+        if result.applied:
+            self._updates += 1
+            self._has_moments, self._at_anchor = True, False
         return result
 
     def _inputs_and_targets(self, batch_BT: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
@@ -188,35 +202,155 @@ class Engine(ABC):
 
     @property
     def optimizer_step(self) -> int:
-        """Adam's step: updates applied since its moments were zero."""
+        """Adam's count of updates, by which it corrects its moments' bias: those applied since it was set to zero."""
         return self._updates
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether Adam's moments hold anything."""
+        return self._has_moments
 
     @property
     @abstractmethod
     def loss_scale(self) -> tuple[float, int] | None:
         """fp16's factor on the loss and the updates since it last overflowed, or None in another precision."""
 
-    @abstractmethod
     def reset_optimizer(self) -> None:
-        """Sets the moments and Adam's step to zero."""
+        """Sets the moments and Adam's count of updates to zero; Reptile's anchor stays."""
+        for state in self._adam.state.values():
+            for key in MOMENTS:
+                state[key].zero_()
+        self._has_moments = False
+        self.reset_optimizer_step()
+
+    def reset_optimizer_step(self) -> None:
+        """Sets Adam's count of updates to zero and leaves its moments as they are (`megacl.handover`)."""
+        self._count_from(0)
+
+    # ------------------------------------------------------------------------------------------ Reptile
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether there is an anchor of Reptile's."""
+        return self._has_anchor
+
+    @torch.no_grad()
+    def set_anchor(self) -> None:
+        """Makes the present weights Reptile's anchor: a copy of the masters, on their device, sharded as they are."""
+        self._make_state()
+        for master in self._masters():
+            self._adam.state[master][ANCHOR] = master.detach().clone()
+        self._has_anchor = self._at_anchor = True
+
+    def drop_anchor(self) -> None:
+        """Forgets Reptile's anchor, if there is one."""
+        for state in self._adam.state.values():
+            state.pop(ANCHOR, None)
+        self._has_anchor = self._at_anchor = False
+
+    @torch.no_grad()
+    def outer_update(self, epsilon: float) -> None:
+        """Reptile's move: weights <- anchor + epsilon (weights - anchor), and these are the anchor from here on.
+
+        It is made on the fp32 masters, by each rank on its own shards; what the model computes with is then made of
+        them anew, as behind an update. Bitwise nothing changes with epsilon 1. Adam's moments stay: they are means over
+        gradients of the last tens of updates, taken where the weights were then, and are of as much use a move away as
+        an update away. There must be an anchor. Source: Nichol et al. 2018, arXiv 1803.02999, algorithm 1.
+        """
+        if self._at_anchor:
+            return
+        for master in self._masters():
+            anchor = self._adam.state[master][ANCHOR]
+            anchor.lerp_(master, epsilon)
+            master.copy_(anchor)
+        self._spread_masters()
+        self._at_anchor = True
+
+    # ------------------------------------------------------------------------------------------ the state by name
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """What `export_state` gives of each parameter: "weight", moments where there are any, "anchor"; see there."""
+        moments = MOMENTS if self._has_moments else ()
+        anchor = (ANCHOR,) if self._has_anchor and not self._at_anchor else ()
+        return ("weight", *moments, *anchor)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Each parameter's whole shape by its name, in the order of the model, the same on every rank."""
+        return {name: whole_shape(parameter) for name, parameter in self._model.named_parameters()}
 
     @abstractmethod
-    def export_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(name, {"weight", "exp_avg", "exp_avg_sq"}) of one parameter after another, in the order of the model.
+    def export_state(
+        self, owners: Mapping[str, int] | None = None, room: Room = fresh_room
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(name, its state by `state_keys`) of one parameter after another, in the order of the model.
 
-        The tensors are whole, fp32, on the CPU, and the caller's to keep; the moments are zeros before the first step.
-        A collective: every rank must go through all of it, and only rank 0's tensors are promised to mean anything.
+        The tensors are whole, fp32, on the CPU; "anchor" is there where Reptile has one that the weights have left.
+        owners: the rank that is given a parameter's state, rank 0 where it names none; on the others it is empty, and
+        no rank has more than its own and one tensor. room: makes what a tensor is copied into. A collective: every rank
+        must go through all of it.
         """
 
-    @abstractmethod
     def import_state(
-        self, load: Callable[[str], dict[str, Tensor]], *, optimizer_step: int, loss_scale: tuple[float, int] | None
+        self,
+        load: Callable[[str], Mapping[str, Tensor | Stored]],
+        *,
+        optimizer_step: int,
+        loss_scale: tuple[float, int] | None,
     ) -> None:
-        """Goes on from an exported state: `load(name)` gives what `export_state` gave, on every rank.
+        """Goes on from an exported state: `load(name)` gives what `export_state` gave its owner, on every rank.
 
-        With optimizer_step 0 only "weight" is read, and the moments are reset. loss_scale is used in fp16 only; None
-        keeps the present one. Raises CheckpointError where a tensor has another shape than the model's.
+        Of all parameters it gives the same things: "weight", and the moments and the anchor, where there are any. What
+        it does not give is zero, and there is no anchor. Of what is not in memory yet a rank reads what it needs, one
+        tensor at a time. optimizer_step: Adam's count. loss_scale is used in fp16 only; None keeps the present one.
+        Raises CheckpointError where a tensor has another shape than the model's.
         """
+        write = None
+        for name, parameter in self._model.named_parameters():
+            loaded = load(name)
+            check_shapes(name, loaded, whole_shape(parameter))
+            if write is None:
+                self._ready_state([key for key in loaded if key != "weight"], optimizer_step)
+                write = self._writer()
+            write(name, parameter, loaded)
+        if loss_scale is not None and self._config.precision == "fp16":
+            self._set_loss_scale(*loss_scale)
+
+    def _ready_state(self, keys: Collection[str], step: int) -> None:
+        """Makes Adam's state ready to be filled with the tensors named by `keys`."""
+        self.reset_optimizer()
+        self.drop_anchor()
+        if keys:
+            self._make_state()
+        if ANCHOR in keys:
+            for master in self._masters():
+                self._adam.state[master][ANCHOR] = torch.empty_like(master)
+        self._has_moments, self._has_anchor = MOMENTS[0] in keys, ANCHOR in keys
+        self._count_from(step)
+
+    def _make_state(self) -> None:
+        """Makes Adam's state where there is none yet, as torch does in the first step."""
+        for master in self._masters():
+            if not self._adam.state[master]:
+                self._adam.state[master] = {
+                    # fused AdamW keeps its step count beside the parameter
+                    "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                    **{key: torch.zeros_like(master) for key in MOMENTS},
+                }
+
+    def _count_from(self, step: int) -> None:
+        for state in self._adam.state.values():
+            state["step"].fill_(float(step))
+        self._updates = step
+
+    @abstractmethod
+    def _writer(self) -> Callable[[str, nn.Parameter, Mapping[str, Tensor | Stored]], None]:
+        """What sets a parameter, by its name, its master, and what a whole state has of Adam's, once that is ready."""
+
+    @abstractmethod
+    def _set_loss_scale(self, value: float, since_overflow: int) -> None:
+        """Goes on with fp16's loss scale as `loss_scale` gave it."""
 
     @abstractmethod
     def _backward(self, loss: Tensor, *, last: bool) -> None:
@@ -230,6 +364,14 @@ class Engine(ABC):
     @abstractmethod
     def _adam(self) -> torch.optim.AdamW:
         """The optimizer, in whose groups the next update's rates are set."""
+
+    @abstractmethod
+    def _masters(self) -> list[Tensor]:
+        """The fp32 tensors that the optimizer steps on this rank."""
+
+    @abstractmethod
+    def _spread_masters(self) -> None:
+        """Makes the parameters of the masters anew where they are tensors of their own. A collective."""
 
     @abstractmethod
     def _slices(self) -> Iterable[Slice]:
@@ -262,12 +404,23 @@ class Engine(ABC):
         return torch.split(self._on_device(tokens), size)
 
 
-def load_checked(load: Callable[[str], dict[str, Tensor]], name: str, shape: torch.Size) -> dict[str, Tensor]:
-    loaded = load(name)
-    for key, value in loaded.items():
+def part_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of what a rank's model has of a parameter, under ZeRO-3 too."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape that a parameter has in a model of one rank."""
+    shard = shard_of(parameter)
+    return shard.whole_shape(part_shape(parameter)) if shard else part_shape(parameter)
+
+
+def check_shapes(name: str, state: Mapping[str, Tensor | Stored], shape: torch.Size) -> None:
+    """Raises CheckpointError where a tensor of a parameter's state has not the parameter's whole shape."""
+    for key, value in state.items():
         if value.shape != shape:
             raise CheckpointError(
                 f"{name} ({key}) is {list(value.shape)} in the checkpoint and {list(shape)} in the model; "
                 "the checkpoint is another model's."
             )
-    return loaded

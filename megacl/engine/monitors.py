@@ -160,6 +160,8 @@ class Slice:
     size: int
     name: str
     """The parameter's."""
+    offset: int = 0
+    """Which of the parameter's elements, row by row, is the first: of its tensor-parallel part, where it is cut."""
 
 
 class UpdateWatch:

@@ -2,18 +2,19 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.engine.arithmetic import device_here, dtype_of
-from megacl.engine.base import MOMENTS, Engine, StepResult, load_checked
+from megacl.engine.base import Engine, StepResult
+from megacl.engine.gathering import Room, Stored, fresh_room, whole_of
 from megacl.engine.loss_scale import LossScale
 from megacl.engine.monitors import Slice
 from megacl.errors import LaunchError
-from megacl.kernels import Kernels
+from megacl.kernels import Choice, Kernels
 from megacl.model.gpt import GPT
 from megacl.optimizer import build_optimizer
 from megacl.parallel.ranks import Ranks
@@ -21,6 +22,11 @@ from megacl.parallel.ranks import Ranks
 
 class NativeEngine(Engine):
     """Plain PyTorch on one device: the GPU where there is one. On a CPU in fp32 every run is bitwise the same."""
+
+    update_choices = (
+        Choice("adamw", "fused", "one kernel over all parameters"),
+        Choice("clip_grad_norm", "fused", "adamw's kernel divides the gradient, and nothing waits for the norm"),
+    )
 
     def __init__(
         self, model: GPT, ops: Kernels, config: EngineConfig, optimizer: OptimizerConfig, ranks: Ranks
@@ -43,6 +49,12 @@ class NativeEngine(Engine):
     @property
     def _adam(self) -> torch.optim.AdamW:
         return self._optimizer
+
+    def _masters(self) -> list[Tensor]:
+        return list(self._model.parameters())
+
+    def _spread_masters(self) -> None:
+        """Parameters are their own masters here."""
 
     def _slices(self) -> Iterator[Slice]:
         for name, parameter in self._model.named_parameters():
@@ -74,31 +86,20 @@ class NativeEngine(Engine):
     def loss_scale(self) -> tuple[float, int] | None:
         return None if self._scale is None else (self._scale.value, self._scale.since_overflow)
 
-    def reset_optimizer(self) -> None:
-        self._optimizer.state.clear()
-        self._updates = 0
-
-    def export_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def export_state(
+        self, owners: Mapping[str, int] | None = None, room: Room = fresh_room
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name, parameter in self._model.named_parameters():
-            state = self._optimizer.state.get(parameter, {})
-            moments = {key: state.get(key, torch.zeros_like(parameter)) for key in MOMENTS}
-            whole = {"weight": parameter.detach(), **moments}
-            yield name, {key: value.to("cpu", torch.float32, copy=True) for key, value in whole.items()}
+            whole = {"weight": parameter.detach(), **self._optimizer.state.get(parameter, {})}
+            yield name, {key: room(name, key, parameter.shape).copy_(whole[key]) for key in self.state_keys}
 
-    def import_state(
-        self, load: Callable[[str], dict[str, Tensor]], *, optimizer_step: int, loss_scale: tuple[float, int] | None
-    ) -> None:
-        self.reset_optimizer()
-        for name, parameter in self._model.named_parameters():
-            loaded = load_checked(load, name, parameter.shape)
-            with torch.no_grad():
-                parameter.copy_(loaded["weight"])
-            if optimizer_step > 0:
-                self._optimizer.state[parameter] = {
-                    # fused AdamW keeps its step count beside the parameter
-                    "step": torch.tensor(float(optimizer_step), device=self._device),
-                    **{key: loaded[key].to(self._device, copy=True) for key in MOMENTS},
-                }
-        self._updates = optimizer_step
-        if loss_scale is not None and self._scale is not None:
-            self._scale = LossScale(*loss_scale)
+    def _writer(self) -> Callable[[str, nn.Parameter, Mapping[str, Tensor | Stored]], None]:
+        return self._write
+
+    @torch.no_grad()
+    def _write(self, name: str, parameter: nn.Parameter, state: Mapping[str, Tensor | Stored]) -> None:
+        for key, value in state.items():
+            (parameter if key == "weight" else self._optimizer.state[parameter][key]).copy_(whole_of(value))
+
+    def _set_loss_scale(self, value: float, since_overflow: int) -> None:
+        self._scale = LossScale(value, since_overflow)

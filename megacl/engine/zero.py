@@ -2,9 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,19 +11,35 @@ from torch import Tensor, nn
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.engine import adapter
 from megacl.engine.arithmetic import dtype_of
-from megacl.engine.base import Engine, StepResult, load_checked
-from megacl.engine.loss_scale import too_small
+from megacl.engine.base import Engine, StepResult, part_shape
+from megacl.engine.gathering import (
+    Held,
+    Part,
+    Room,
+    Stored,
+    fresh_room,
+    gather_at_owners,
+    part_of,
+    stretch_of,
+    whole_of,
+)
+from megacl.engine.loss_scale import LossScale, too_small
 from megacl.engine.monitors import Slice
 from megacl.engine.replicas import compare_replicas
-from megacl.kernels import Kernels
+from megacl.kernels import Choice, Kernels
 from megacl.model.gpt import GPT
 from megacl.optimizer import build_optimizer
 from megacl.parallel.ranks import Ranks
-from megacl.parallel.tensor import gather, shard_of, take_part
+from megacl.parallel.tensor import shard_of, take_part
 
 
 class DeepSpeedEngine(Engine):
     """ZeRO, stage 0 to 3, over the ranks that hold the same part of the layers: gradients averaged, state sharded."""
+
+    update_choices = (
+        Choice("adamw", "fused", "one kernel over this rank's parameters"),
+        Choice("clip_grad_norm", "deepspeed", "the norm is over the ranks' shards"),
+    )
 
     def __init__(
         self, model: GPT, ops: Kernels, config: EngineConfig, optimizer: OptimizerConfig, ranks: Ranks
@@ -50,15 +65,19 @@ class DeepSpeedEngine(Engine):
             ranks=ranks,
         )
         self._shards = {name: shard for name, each in model.named_parameters() if (shard := shard_of(each))}
-        if fresh and config.half:  # the masters were made from the rounded weights
-            adapter.import_parameters(
-                self._deepspeed, lambda name, shape: {"weight": self._part(name, model.initial(name))}, step=0
-            )
         super().__init__(model, self._deepspeed, ops, config, optimizer, device=device, ranks=ranks)
+        if fresh and config.half:  # the masters were made from the rounded weights
+            self.import_state(lambda name: {"weight": model.initial(name)}, optimizer_step=0, loss_scale=None)
 
     @property
     def _adam(self) -> torch.optim.AdamW:
         return adapter.adam_of(self._deepspeed)
+
+    def _masters(self) -> list[Tensor]:
+        return adapter.masters_of(self._deepspeed)
+
+    def _spread_masters(self) -> None:
+        adapter.spread_masters(self._deepspeed)
 
     def _slices(self) -> Iterator[Slice]:
         # At stage 0 every replica steps everything, so the first one's counts; of a tensor-parallel group, the first
@@ -73,63 +92,93 @@ class DeepSpeedEngine(Engine):
         self._deepspeed.backward(loss)
 
     def _update(self, sums: Tensor, skip_above: float) -> StepResult:
-        mean = self._ranks.sum(np.array(sums.tolist())) / self._ranks.world_size
-        loss, log_z = float(mean[0]), math.sqrt(mean[1])
-        if loss > skip_above or not math.isfinite(loss):
-            norm = float(_norm(self._model, self._ranks)) if self._config.zero_stage == 0 else math.nan
+        mean = self._mean(sums)
+        bad = ~(torch.isfinite(mean[0]) & (mean[0] <= skip_above))
+        before = self.loss_scale
+        if before is not None and before[0] == LossScale.LEAST and mean[0].item() > skip_above:
+            # Were it to overflow, too, DeepSpeed would end the run, for which a spike is no reason.
             adapter.drop_gradient(self._deepspeed)
-            if self._config.precision == "fp16" and not loss > skip_above:
-                with _scale_too_small():
-                    adapter.lower_loss_scale(self._deepspeed)
-            return StepResult(loss, norm, applied=False, log_z=log_z)
+            return StepResult(mean[0].item(), math.nan, applied=False, log_z=math.sqrt(mean[1].item()))
         if self._config.zero_stage == 0:
             # DeepSpeed clips here, but does not say to what, and would step with a gradient that is not finite.
-            norm = float(_norm(self._model, self._ranks))
-            if not math.isfinite(norm):
-                adapter.drop_gradient(self._deepspeed)
-                return StepResult(loss, norm, applied=False, log_z=log_z)
-            self._deepspeed.step()
-            return StepResult(loss, norm, applied=True, log_z=log_z)
-        with _scale_too_small():
-            self._deepspeed.step()
-        applied = bool(self._deepspeed.was_step_applied())
-        if not applied:  # with an optimizer on the host, DeepSpeed adds the next gradient to it
+            norm = _norm(self._model, self._ranks)
+            bad |= ~torch.isfinite(norm)
+            adapter.step(self._deepspeed, bad)
+        else:
+            with _scale_too_small():
+                adapter.step(self._deepspeed, bad)
+            norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=self._device)
+        # Read only now, when all of the step has been sent to the device.
+        loss, log_z_squared, grad_norm, skipped = torch.stack([*mean, norm.double(), bad.double()]).tolist()
+        finite = bool(self._deepspeed.was_step_applied())
+        if not finite:  # with an optimizer on the host, DeepSpeed adds the next gradient to it
             adapter.drop_gradient(self._deepspeed)
-        return StepResult(loss, float(self._deepspeed.get_global_grad_norm()), applied=applied, log_z=log_z)
+        if before is not None and skipped:
+            self._answer_loss(loss, skip_above, before, overflowed=not finite)
+        return StepResult(loss, grad_norm, applied=finite and not skipped, log_z=math.sqrt(log_z_squared))
+
+    def _mean(self, sums: Tensor) -> Tensor:
+        """The mean over the ranks, float64 on the device, the same on each."""
+        mean = sums.double()
+        if self._ranks.world_size > 1:
+            dist.all_reduce(mean)
+        return mean / self._ranks.world_size
+
+    def _answer_loss(self, loss: float, skip_above: float, before: tuple[float, int], *, overflowed: bool) -> None:
+        """What a loss for which an update was skipped does to fp16's loss scale: nothing where it is above the limit;
+        else it is an overflow, though the gradient may be none."""
+        if loss > skip_above:
+            self._set_loss_scale(*before)
+        elif not overflowed:
+            self._set_loss_scale(*before)
+            with _scale_too_small():
+                adapter.lower_loss_scale(self._deepspeed)
 
     @property
     def loss_scale(self) -> tuple[float, int] | None:
         return adapter.loss_scale(self._deepspeed) if self._config.precision == "fp16" else None
 
-    def reset_optimizer(self) -> None:
-        adapter.reset_moments(self._deepspeed)
-        self._updates = 0
-
-    def export_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def export_state(
+        self, owners: Mapping[str, int] | None = None, room: Room = fresh_room
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         if self._config.compare_replicas_every is not None:  # nothing is saved of replicas that differ
             compare_replicas(self._model, self._ranks)
-        for name, state in adapter.export_parameters(self._deepspeed, with_moments=self._updates > 0):
+        parts = [
+            Part(name, part_shape(parameter), self._shards.get(name))
+            for name, parameter in self._model.named_parameters()
+        ]
+        held = {piece.name: self._held(piece) for piece in adapter.slices_of(self._deepspeed)}
+        yield from gather_at_owners(parts, held, self.state_keys, self._ranks, owners or {}, room)
+
+    def _held(self, piece: Slice) -> Held:
+        """What this rank has of a parameter's state: views of stretches of what its optimizer steps."""
+        state = {"weight": piece.master, **self._adam.state.get(piece.master, {})}
+        stretch = slice(piece.start, piece.start + piece.size)
+        return Held(piece.offset, {key: state[key].detach().view(-1)[stretch] for key in self.state_keys})
+
+    def _writer(self) -> Callable[[str, nn.Parameter, Mapping[str, Tensor | Stored]], None]:
+        held = {piece.name: self._held(piece) for piece in adapter.slices_of(self._deepspeed)}
+
+        @torch.no_grad()
+        def write(name: str, parameter: nn.Parameter, state: Mapping[str, Tensor | Stored]) -> None:
             if shard := self._shards.get(name):
-                state = {key: shard.join(gather(part, self._ranks.tp_group)) for key, part in state.items()}
-            yield name, state
+                state = {key: part_of(value, shard) for key, value in state.items()}
+            if parameter.shape == part_shape(parameter):  # at stage 3 only while it is gathered
+                weight = whole_of(state["weight"])
+                parameter.copy_(weight)
+                state = {**state, "weight": weight}
+            for key, value in state.items():
+                if (mine := held.get(name)) is None or not mine.size:
+                    continue
+                piece = stretch_of(value, mine.offset, mine.size)
+                mine.state[key].copy_(piece)
+                if key == "weight" and (copy := adapter.shard_in_module(parameter)) is not None:
+                    copy[: mine.size].copy_(piece)
 
-    def import_state(
-        self, load: Callable[[str], dict[str, Tensor]], *, optimizer_step: int, loss_scale: tuple[float, int] | None
-    ) -> None:
-        def checked(name: str, shape: torch.Size) -> dict[str, Tensor]:
-            shard = self._shards.get(name)
-            loaded = load_checked(load, name, shard.whole_shape(shape) if shard else shape)
-            return {key: self._part(name, whole) for key, whole in loaded.items()}
+        return write
 
-        adapter.import_parameters(self._deepspeed, checked, step=optimizer_step)
-        self._updates = optimizer_step
-        if loss_scale is not None and self._config.precision == "fp16":
-            adapter.set_loss_scale(self._deepspeed, *loss_scale)
-
-    def _part(self, name: str, whole: Tensor) -> Tensor:
-        """What of a parameter's whole value lies on this rank, before ZeRO shards it."""
-        shard = self._shards.get(name)
-        return shard.take(whole) if shard else whole
+    def _set_loss_scale(self, value: float, since_overflow: int) -> None:
+        adapter.set_loss_scale(self._deepspeed, value, since_overflow)
 
 
 @contextlib.contextmanager

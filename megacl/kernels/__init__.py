@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 
 from megacl.errors import ConfigError
-from megacl.kernels import chunked, fused, lean, reference, varlen
+from megacl.kernels import chunked, fused, lean, onednn, reference, varlen
 from megacl.kernels.reference import IGNORED
 
-__all__ = ["FORMS", "IGNORED", "REFERENCE", "Choice", "Kernels", "choices_of_kernels", "choose_kernels"]
+__all__ = ["FORMS", "IGNORED", "LOSS_CHUNK", "REFERENCE", "Choice", "Kernels", "choices_of_kernels", "choose_kernels"]
 
 Op = Callable[..., Any]
+
+LOSS_CHUNK = {"cpu": 256, "cuda": 1024}
+"""Tokens whose logits exist at one time where nobody says how many. A CPU gains nothing by more; a GPU does."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,10 @@ class Kernels:
     """(x_BHTE, cos_PR, sin_PR) -> x_BHTE: turns the pairs (e, e + R), e < R, by their position's angles."""
     swiglu: Callable[..., Tensor]
     """gate_up [..., 2 F] -> [..., F]: silu(gate) * up; the first half is the gate."""
+    linear: Callable[..., Tensor]
+    """(x [..., D], weight_FD, bias_F=None) -> [..., F]: x weight^T + bias."""
     linear_gelu: Callable[..., Tensor]
-    """(x [..., D], weight_FD, bias_F) -> [..., F]: the exact (erf) GELU of x weight^T + bias."""
+    """(x [..., D], weight_FD, bias_F=None, *, tanh=False) -> [..., F]: GELU of x weight^T + bias, by erf or by tanh."""
     attention: Callable[..., Tensor]
     """(q_BHTE, k_BKTE, v_BKTE, scale) -> BHTE: causal; K divides H, and query head h reads head h K // H."""
     document_attention: Callable[..., Tensor]
@@ -100,7 +105,12 @@ FORMS: dict[str, dict[str, Op]] = {
         "triton": _Triton("triton_swiglu", "swiglu"),
         "reference": reference.swiglu,
     },
-    "linear_gelu": {"triton": _Triton("triton_gelu", "linear_gelu"), "reference": reference.linear_gelu},
+    "linear": {"onednn": onednn.linear, "reference": reference.linear},
+    "linear_gelu": {
+        "triton": _Triton("triton_gelu", "linear_gelu"),
+        "onednn": onednn.linear_gelu,
+        "reference": reference.linear_gelu,
+    },
     "attention": {"sdpa": fused.attention, "reference": reference.attention},
     "document_attention": {
         "flash": varlen.flash,
@@ -109,6 +119,7 @@ FORMS: dict[str, dict[str, Op]] = {
     },
     "linear_cross_entropy": {
         "triton": _Triton("triton_cross_entropy", "linear_cross_entropy"),
+        "onednn": chunked.linear_cross_entropy_by_onednn,
         "chunked": chunked.linear_cross_entropy,
         "reference": reference.linear_cross_entropy,
     },
@@ -168,17 +179,24 @@ def _missing(name: str, *, device: str, half: bool) -> str | None:
             return "Triton is not installed (pip install 'megacl[gpu]')"
         case "flash" if device == "cpu" or not half or not (imagined or torch.cuda.get_device_capability() >= (8, 0)):
             return "flash attention wants 16 bits on a GPU of capability 8.0"
+        case "onednn" if device != "cpu" or half or not onednn.available():
+            return "oneDNN's products are for fp32 on a CPU, in a PyTorch that has them"
     return None
 
 
 def _fastest(op: str, *, device: str, half: bool, compiled: bool) -> tuple[str, str]:
     """(implementation, why)."""
     triton = device == "cuda" and _missing("triton", device=device, half=half) is None
+    on_cpu = _missing("onednn", device=device, half=half) is None
     match op:
         case "linear_cross_entropy" if triton:
             return "triton", "all logits never exist at once, and one kernel does their softmax"
         case "linear_cross_entropy":
-            return "chunked", "all logits never exist at once"
+            return "onednn" if on_cpu else "chunked", "all logits never exist at once"
+        case "linear" | "linear_gelu" if on_cpu and not compiled:
+            return "onednn", "its products in fp32 are the faster ones"
+        case "linear":
+            return "reference", "PyTorch's product"
         case "document_attention":
             if (missing := _missing("flash", device=device, half=half)) is None:
                 return "flash", "one call over all documents"

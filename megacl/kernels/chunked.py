@@ -19,7 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megacl.kernels import onednn
 from megacl.kernels.reference import IGNORED
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""(x_ND, weight_VD) -> x weight^T."""
 
 Softmax = Callable[[Tensor, Tensor, float, float | None], tuple[Tensor, Tensor, Tensor | None]]
 """(logits, targets, z_loss, scale) -> the sums of nats and (log Z)^2, and scale times the gradient of nats + z_loss
@@ -32,6 +36,7 @@ def sums_and_gradients(
     targets_N: Tensor,
     softmax: Softmax,
     *,
+    product: Product = F.linear,
     chunk: int,
     z_loss: float,
     dtype: torch.dtype,
@@ -53,12 +58,12 @@ def sums_and_gradients(
         for start in range(0, x_ND.shape[0], chunk):
             rows = slice(start, start + chunk)
             x = x_ND[rows].to(dtype)
-            nats, squares, gradient = softmax(F.linear(x, weight), targets_N[rows], z_loss, scale)
+            nats, squares, gradient = softmax(product(x, weight), targets_N[rows], z_loss, scale)
             sums += torch.stack([nats, squares])
             if gradient is None:
                 continue
             if dx_ND is not None:
-                dx_ND[rows] = _product(gradient, weight, dx_ND.dtype)
+                dx_ND[rows] = _product(gradient, weight, dx_ND.dtype, product)
             if dweight_VD is not None:
                 _add_product(dweight_VD, gradient.t(), x)
             del gradient  # before there are the next chunk's logits
@@ -77,10 +82,10 @@ def dtype_of_dx(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, product: Product) -> Tensor:
     """a @ b, added up and returned in dtype: that of a, or a wider one."""
     if a.dtype == dtype:
-        return a @ b
+        return product(a, b.t())
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)  # a CPU has no such product, and those of 16 bits are slow there anyway
@@ -125,6 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         targets_N: Tensor,
         softmax: Softmax,
+        product: Product,
         chunk: int,
         z_loss: float,
         differentiate: bool,
@@ -136,6 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_VD,
             targets_N,
             softmax,
+            product=product,
             chunk=chunk,
             z_loss=z_loss,
             dtype=dtype,
@@ -154,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if gradient is None else (gradient * scale).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
@@ -164,11 +171,25 @@ def dtype_of_products(x: Tensor) -> torch.dtype:
 
 
 def linear_cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int, z_loss: float, softmax: Softmax = _softmax
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    chunk: int,
+    z_loss: float,
+    softmax: Softmax = _softmax,
+    product: Product = F.linear,
 ) -> Tensor:
     """`Kernels.linear_cross_entropy`, holding the logits of at most `chunk` tokens."""
     differentiate = torch.is_grad_enabled()  # inside forward it is always off
     sums: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        x_ND, weight_VD, targets_N, softmax, chunk, z_loss, differentiate
+        x_ND, weight_VD, targets_N, softmax, product, chunk, z_loss, differentiate
     )
     return sums
+
+
+def linear_cross_entropy_by_onednn(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int, z_loss: float
+) -> Tensor:
+    """The same, with the products that onednn.py is for."""
+    return linear_cross_entropy(x_ND, weight_VD, targets_N, chunk=chunk, z_loss=z_loss, product=onednn.product)

@@ -48,9 +48,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def linear_gelu(x: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
-    """z Phi(z) of z = x weight^T + bias (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
-    return F.gelu(F.linear(x, weight_FD, bias_F))
+def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """x weight^T + bias."""
+    return F.linear(x, weight_FD, bias_F)
+
+
+def linear_gelu(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, *, tanh: bool = False) -> Tensor:
+    """z Phi(z) of z = x weight^T + bias (Hendrycks & Gimpel 2016, arXiv 1606.08415).
+
+    By tanh it is z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2, as section 2 there has it.
+    """
+    return F.gelu(F.linear(x, weight_FD, bias_F), approximate="tanh" if tanh else "none")
 
 
 def attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float) -> Tensor:

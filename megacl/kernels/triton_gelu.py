@@ -1,6 +1,8 @@
-"""A linear layer's bias and the exact GELU after it, in Triton.
+"""A linear layer's bias and the GELU after it, in Triton.
 
     y = linear_gelu(x, weight_FD, bias_F)  # gelu(x weight^T + bias), gelu(u) = u (1 + erf(u / sqrt(2))) / 2
+
+With tanh=True it is gelu(u) = u (1 + tanh(v)) / 2 = u sigmoid(2 v), v = sqrt(2 / pi) (u + 0.044715 u^3).
 
 The product x weight^T is PyTorch's. It is kept for backward as it came, and y is computed from it in one pass; backward
 reads it and y's gradient once, and adds up the bias's gradient as it goes: each program a part of the rows, in a row of
@@ -19,21 +21,30 @@ from megacl.kernels.tiles import any_part, programs_for, refuse_fp64
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi), of the normal distribution at 0
+_SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+_CUBIC = tl.constexpr(0.044715)
+_FAR = tl.constexpr(12.0)  # from where on, by tanh, the sigmoid is 0 or 1 in fp32, and u^3 not yet infinite
 
 
 @triton.jit
-def _forward(x, bias, y, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _forward(x, bias, y, rows, width, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (column < width)
     u = tl.load(x + row * width + column, inside, 0.0).to(tl.float32)
     u += tl.load(bias + column, column < width, 0.0).to(tl.float32)
-    gelu = 0.5 * u * (1.0 + tl.erf(u * _SQRT_HALF))
+    if TANH:
+        near = tl.minimum(tl.maximum(u, -_FAR), _FAR)
+        gelu = tl.maximum(u, -_FAR) * tl.sigmoid(near * _SLOPE * (1.0 + near * near * _CUBIC))
+    else:
+        gelu = 0.5 * u * (1.0 + tl.erf(u * _SQRT_HALF))
     tl.store(y + row * width + column, gelu.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
-def _backward(x, bias, dy, dx, dbias, rows, width, rows_each, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _backward(
+    x, bias, dy, dx, dbias, rows, width, rows_each, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     program = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     biases = tl.load(bias + column, column < width, 0.0).to(tl.float32)[None, :]
@@ -43,7 +54,13 @@ def _backward(x, bias, dy, dx, dbias, rows, width, rows_each, ROWS: tl.constexpr
         inside = (row < rows) & (column < width)[None, :]
         place = row * width + column[None, :]
         u = tl.load(x + place, inside, 0.0).to(tl.float32) + biases
-        slope = 0.5 * (1.0 + tl.erf(u * _SQRT_HALF)) + u * _DENSITY * tl.exp(-0.5 * u * u)
+        if TANH:
+            near = tl.minimum(tl.maximum(u, -_FAR), _FAR)
+            part_of_u = tl.sigmoid(near * _SLOPE * (1.0 + near * near * _CUBIC))
+            rises = part_of_u * (1.0 - part_of_u) * _SLOPE * (1.0 + near * near * 3.0 * _CUBIC)
+            slope = part_of_u + near * rises
+        else:
+            slope = 0.5 * (1.0 + tl.erf(u * _SQRT_HALF)) + u * _DENSITY * tl.exp(-0.5 * u * u)
         going = tl.load(dy + place, inside, 0.0).to(tl.float32) * slope
         part += going
         tl.store(dx + place, going.to(dx.dtype.element_ty), inside)
@@ -51,8 +68,8 @@ def _backward(x, bias, dy, dx, dbias, rows, width, rows_each, ROWS: tl.constexpr
 
 
 @torch.library.custom_op("megacl::bias_gelu", mutates_args=())
-def _bias_gelu(x: Tensor, bias_F: Tensor) -> Tensor:
-    y: Tensor = _bias_gelu_shape(x, bias_F)
+def _bias_gelu(x: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
+    y: Tensor = _bias_gelu_shape(x, bias_F, tanh)
     width = bias_F.numel()
     rows = x.numel() // max(1, width)
     if rows:
@@ -64,6 +81,7 @@ def _bias_gelu(x: Tensor, bias_F: Tensor) -> Tensor:
             y,
             rows,
             width,
+            TANH=tanh,
             ROWS=tiles.rows,
             COLUMNS=tiles.columns,
             num_warps=tiles.warps,
@@ -72,12 +90,12 @@ def _bias_gelu(x: Tensor, bias_F: Tensor) -> Tensor:
 
 
 @_bias_gelu.register_fake
-def _bias_gelu_shape(x: Tensor, bias_F: Tensor) -> Tensor:
+def _bias_gelu_shape(x: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("megacl::bias_gelu_backward", mutates_args=())
-def _bias_gelu_backward(x: Tensor, bias_F: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def _bias_gelu_backward(x: Tensor, bias_F: Tensor, dy: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the bias."""
     width = bias_F.numel()
     rows = x.numel() // max(1, width)
@@ -96,6 +114,7 @@ def _bias_gelu_backward(x: Tensor, bias_F: Tensor, dy: Tensor) -> tuple[Tensor, 
         rows,
         width,
         triton.cdiv(work, programs) * tiles.rows,
+        TANH=tanh,
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         num_warps=tiles.warps,
@@ -104,24 +123,27 @@ def _bias_gelu_backward(x: Tensor, bias_F: Tensor, dy: Tensor) -> tuple[Tensor, 
 
 
 @_bias_gelu_backward.register_fake
-def _bias_gelu_backward_shapes(x: Tensor, bias_F: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def _bias_gelu_backward_shapes(x: Tensor, bias_F: Tensor, dy: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(bias_F)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    x, bias_F, ctx.tanh = inputs
+    ctx.save_for_backward(x, bias_F)
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dbias = _bias_gelu_backward(*ctx.saved_tensors, dy)
-    return dx, dbias
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    dx, dbias = _bias_gelu_backward(*ctx.saved_tensors, dy, ctx.tanh)
+    return dx, dbias, None
 
 
 _bias_gelu.register_autograd(_differentiate, setup_context=_keep)
 
 
-def linear_gelu(x: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
-    """`Kernels.linear_gelu`; ValueError for fp64."""
+def linear_gelu(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, *, tanh: bool = False) -> Tensor:
+    """`Kernels.linear_gelu`; ValueError for fp64. Without a bias the GELU is PyTorch's, one pass as well."""
     refuse_fp64(x)
-    y: Tensor = _bias_gelu(F.linear(x, weight_FD), bias_F)
+    if bias_F is None:
+        return F.gelu(F.linear(x, weight_FD), approximate="tanh" if tanh else "none")
+    y: Tensor = _bias_gelu(F.linear(x, weight_FD), bias_F, tanh)
     return y

@@ -8,14 +8,14 @@ Parameters, by name. Checkpoints and conversions hold these names and shapes, so
 
     embed.weight                      [vocab_size, hidden_size]
     layers.{i}.attention_norm.weight  [hidden_size]                 and .bias in the gpt_neox form
-    layers.{i}.attention.qkv.weight   [(heads + 2 kv_heads) x head_dim, hidden_size]   and .bias in the gpt_neox form
+    layers.{i}.attention.qkv.weight   [(heads + 2 kv_heads) x head_size, hidden_size]   and .bias where attention_bias
                                       rows: all query heads, all key heads, all value heads, each in order
-    layers.{i}.attention.q_norm.weight  [head_dim]                  where qk_norm, k_norm too; and .bias in layer_norm
-    layers.{i}.attention.out.weight   [hidden_size, hidden_size]    and .bias in the gpt_neox form
+    layers.{i}.attention.q_norm.weight  [head_size]                 where qk_norm, k_norm too; and .bias in layer_norm
+    layers.{i}.attention.out.weight   [hidden_size, heads x head_size]  and .bias where attention_bias is all
     layers.{i}.mlp_norm.weight        [hidden_size]                 and .bias in the gpt_neox form
-    layers.{i}.mlp.up.weight          [mlp_size, hidden_size]       gpt_neox form, and .bias
-    layers.{i}.mlp.gate_up.weight     [2 x mlp_size, hidden_size]   llama form; rows: gate, then up
-    layers.{i}.mlp.down.weight        [hidden_size, mlp_size]       and .bias in the gpt_neox form
+    layers.{i}.mlp.up.weight          [mlp_size, hidden_size]       gpt_neox form; and .bias where mlp_bias
+    layers.{i}.mlp.gate_up.weight     [2 x mlp_size, hidden_size]   llama form; rows: gate, then up; .bias as above
+    layers.{i}.mlp.down.weight        [hidden_size, mlp_size]       and .bias where mlp_bias
     final_norm.weight                 [hidden_size]                 and .bias in the gpt_neox form
     head.weight                       [vocab_size, hidden_size]     absent where tie_embeddings: embed.weight serves
 """
@@ -29,18 +29,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megacl.kernels import REFERENCE, Kernels
+from megacl.kernels import LOSS_CHUNK, REFERENCE, Kernels
 from megacl.model.checkpointing import Checkpointing, run_layer
 from megacl.model.config import ModelConfig
 from megacl.model.layers import Attention, GeluMLP, SwiGLUMLP, build_norm, find_documents, rotary_tables
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, side by side on one residual (gpt_neox) or one after the other (llama)."""
+    """One layer: attention and MLP, side by side on one residual or one after the other (`parallel_residual`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.parallel = config.form == "gpt_neox"
+        self.parallel = config.parallel
         self.attention_norm = build_norm(config)
         self.attention = Attention(config)
         self.mlp_norm = build_norm(config)
@@ -92,7 +92,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.loss_chunk = 1024
+        self.loss_chunk = LOSS_CHUNK["cpu"]
         self.z_loss = 0.0
         self.checkpointing: Mapping[int, Checkpointing] = {}
         self.document_end: int | None = None
@@ -226,11 +226,11 @@ def count_parameters(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     """Floating-point operations that training on one token takes, forward and backward, without recomputation.
 
-    6 x (weights of all matrix products, the head's included, the embedding's not) + 12 x num_layers x hidden_size x
-    seq_length. The second term counts attention's products in full, as the source does; a causal kernel computes about
-    half of it. Source: Chowdhery et al. 2022 (PaLM), arXiv 2204.02311, appendix B.
+    6 x (weights of all matrix products, the head's included, the embedding's not) + 12 x num_layers x (heads x
+    head_size) x seq_length. The second term counts attention's products in full, as the source does; a causal kernel
+    computes about half of it. Source: Chowdhery et al. 2022 (PaLM), arXiv 2204.02311, appendix B.
     """
     model = build_model(config, seed=0, device="meta")
     in_layers = sum(parameter.numel() for parameter in model.layers.parameters() if parameter.ndim == 2)
     products = in_layers + model.head.weight.numel()
-    return 6 * products + 12 * config.num_layers * config.hidden_size * seq_length
+    return 6 * products + 12 * config.num_layers * config.query_size * seq_length

@@ -4,12 +4,14 @@ Suffixes: B batch, T time, D hidden, H query heads, K key/value heads, E width o
 P is T in rotary tables for all rows, and B x 1 x T in those where each row has positions of its own.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megacl.kernels import REFERENCE
-from megacl.model.config import ModelConfig
+from megacl.model.config import LinearRope, Llama3Rope, ModelConfig
 
 
 class LayerNorm(nn.Module):
@@ -51,17 +53,30 @@ def build_head_norm(config: ModelConfig) -> Norm | None:
     if config.qk_norm == "none":
         return None
     kind: type[Norm] = LayerNorm if config.qk_norm == "layer_norm" else RMSNorm
-    return kind(config.head_dim, config.norm_eps)
+    return kind(config.head_size, config.norm_eps)
+
+
+def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """theta^(-2 r / rotary_dims), stretched as `rope_scaling` says: radians a position, [R] in fp32."""
+    exponents_R = torch.arange(0, config.rotary_dims, 2, dtype=torch.float32, device=device) / config.rotary_dims
+    frequencies_R: Tensor = config.rope_theta**-exponents_R
+    match config.rope_scaling:
+        case LinearRope(factor=factor):
+            return frequencies_R / factor
+        case Llama3Rope() as rope:
+            turns_R = rope.original_max_position_embeddings / (2 * math.pi) * frequencies_R
+            stays_R = (turns_R - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+            return torch.lerp(frequencies_R / rope.factor, frequencies_R, stays_R.clamp(0, 1))
+    return frequencies_R
 
 
 def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x theta^(-2 r / rotary_dims), both [T, R] in fp32.
+    """cos and sin of position x frequency, both [T, R] in fp32.
 
     They are computed for each batch, not kept as buffers, which a cast of the module to 16 bits would round.
     """
-    exponents_R = torch.arange(0, config.rotary_dims, 2, dtype=torch.float32, device=device) / config.rotary_dims
     positions_T = torch.arange(length, dtype=torch.float32, device=device)
-    angles_TR = torch.outer(positions_T, config.rope_theta**-exponents_R)
+    angles_TR = torch.outer(positions_T, rotary_frequencies(config, device))
     return angles_TR.cos(), angles_TR.sin()
 
 
@@ -82,6 +97,17 @@ def find_documents(tokens_BT: Tensor, end: int) -> tuple[Tensor, Tensor]:
     return bounds, positions_N.view_as(tokens_BT)
 
 
+class Linear(nn.Linear):
+    """weight x + bias."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.ops = REFERENCE
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Causal self-attention; fewer key/value heads than query heads where the model has them (arXiv 2305.13245).
 
@@ -94,16 +120,15 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.ops = REFERENCE
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_size = config.num_attention_heads, config.kv_heads, config.head_size
         self.scale = config.attention_scale
-        bias = config.form == "gpt_neox"
-        self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
+        self.qkv = Linear(config.hidden_size, config.query_size + 2 * config.kv_size, bias=config.qkv_biased)
+        self.out: nn.Linear = Linear(config.query_size, config.hidden_size, bias=config.attention_out_biased)
         self.q_norm, self.k_norm = build_head_norm(config), build_head_norm(config)
 
     def forward(self, x_BTD: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds: Tensor | None) -> Tensor:
         batch, length, _ = x_BTD.shape
-        heads_BHTE = self.qkv(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        heads_BHTE = self.qkv(x_BTD).view(batch, length, -1, self.head_size).transpose(1, 2)
         qk_BHTE, v_BKTE = torch.split(heads_BHTE, [self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is None or self.k_norm is None:
             qk_BHTE = self.ops.rotary(qk_BHTE, cos_PR, sin_PR)
@@ -121,23 +146,24 @@ class Attention(nn.Module):
 
 
 class LinearGelu(nn.Linear):
-    """gelu(weight x + bias), with the exact (erf) GELU."""
+    """gelu(weight x + bias), with the exact (erf) GELU or the one by tanh."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs)
-        self.ops = REFERENCE
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, tanh: bool) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.ops, self.tanh = REFERENCE, tanh
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.linear_gelu(x, self.weight, self.bias)
+        return self.ops.linear_gelu(x, self.weight, self.bias, tanh=self.tanh)
 
 
 class GeluMLP(nn.Module):
-    """down(gelu(up(x))), with biases."""
+    """down(gelu(up(x)))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = LinearGelu(config.hidden_size, config.mlp_size)
-        self.down = nn.Linear(config.mlp_size, config.hidden_size)
+        bias = config.mlp_biased
+        self.up = LinearGelu(config.hidden_size, config.mlp_size, bias=bias, tanh=config.gelu == "tanh")
+        self.down: nn.Linear = Linear(config.mlp_size, config.hidden_size, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         down: Tensor = self.down(self.up(x_BTD))
@@ -145,13 +171,13 @@ class GeluMLP(nn.Module):
 
 
 class SwiGLUMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases (arXiv 2002.05202); gate_up's rows are gate's, then up's."""
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202); gate_up's rows are gate's, then up's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.ops = REFERENCE
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.mlp_size, bias=False)
-        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.mlp_size, bias=config.mlp_biased)
+        self.down: nn.Linear = Linear(config.mlp_size, config.hidden_size, bias=config.mlp_biased)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         down: Tensor = self.down(self.ops.swiglu(self.gate_up(x_BTD)))

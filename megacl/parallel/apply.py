@@ -55,7 +55,7 @@ def apply_tensor_parallel(model: GPT, ranks: Ranks) -> None:
     if ranks.tp_size == 1:
         return
     config = model.config
-    queries, keys = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
+    queries, keys = config.query_size, config.kv_size
     for layer in model.layers:
         assert isinstance(layer, Block)
         attention, mlp = layer.attention, layer.mlp

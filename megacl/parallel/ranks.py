@@ -1,6 +1,6 @@
 """The ranks of a run: how the processes find one another, and the few things that they say to one another.
 
-    ranks = start_ranks(timeout=600).arrange(tensor_parallel=2, sequence_parallel=1)
+    ranks = start_ranks(timeout=600, rendezvous_timeout=180).arrange(tensor_parallel=2, sequence_parallel=1)
     stop = ranks.any(signal_received)
     stop_ranks()
 
@@ -12,8 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacl.errors import LaunchError, MegaclError
+from megacl.parallel.place import find_place
+from megacl.parallel.rendezvous import meet
 
 _PATIENCE = datetime.timedelta(days=2)
 
@@ -37,6 +38,8 @@ class Ranks:
     """A process group whose collectives wait for days: for what one rank does while the others have nothing to do."""
     timeout: datetime.timedelta | None = field(default=None, repr=False, compare=False)
     """How long a collective waits for a silent rank, in every other group; None leaves it to PyTorch."""
+    nodes: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """Each rank's machine, by rank; empty for one rank alone."""
 
     tp_rank: int = 0
     """Place among the ranks that share each layer."""
@@ -166,45 +169,55 @@ def check_groups(ranks: int, *, tensor_parallel: int, sequence_parallel: int) ->
         )
 
 
-def start_ranks(*, timeout: float) -> Ranks:
+def start_ranks(*, timeout: float, rendezvous_timeout: float | None = None) -> Ranks:
     """Finds this process's place and joins the others; raises LaunchError where they do not come together.
 
-    timeout: seconds, for the meeting itself and for every later collective that a silent rank holds up.
+    timeout: seconds, for every collective that a silent rank holds up. rendezvous_timeout: seconds for the meeting
+    itself, by default the same; RendezvousError names who did not come.
     """
-    place = _place(os.environ)
-    if place["WORLD_SIZE"] == "1":
+    place = find_place(os.environ)
+    if place is None:
         return Ranks()
-    os.environ.update(place)
-    ranks = Ranks(
-        int(place["RANK"]),
-        int(place["WORLD_SIZE"]),
-        int(place["LOCAL_RANK"]),
-        timeout=datetime.timedelta(seconds=timeout),
-    )
 
     import torch
     import torch.distributed as dist
 
     # Gloo serves what the ranks say to one another in host memory, also where gradients travel by NCCL.
-    backend = "gloo"
+    backend, problem = "gloo", None
     if torch.cuda.is_available():
-        if ranks.local_rank >= torch.cuda.device_count():
-            raise LaunchError(
-                f"local rank {ranks.local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}; "
+        if place.local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(place.local_rank)
+        else:  # said to all, who would else wait for this rank
+            problem = (
+                f"local rank {place.local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}; "
                 "start at most that many ranks on it."
             )
-        torch.cuda.set_device(ranks.local_rank)
         backend = "cpu:gloo,cuda:nccl"
+    met = meet(place, timeout=rendezvous_timeout or timeout, problem=problem)
+    os.environ.update(
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        LOCAL_RANK=str(place.local_rank),
+        MASTER_ADDR=place.address,
+        MASTER_PORT=str(place.port),
+    )
+    limit = datetime.timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, init_method="env://", timeout=ranks.timeout)
+        dist.init_process_group(backend, store=met.store, rank=place.rank, world_size=place.world_size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LaunchError(
-            f"rank {ranks.rank} of {ranks.world_size} did not meet the others at "
-            f"{place['MASTER_ADDR']}:{place['MASTER_PORT']} within {timeout:g} s: {reason}; see whether all ranks "
-            "started, and whether the port is free and reachable."
+            f"rank {place.rank} of {place.world_size} ({place.node}) met the others at {place.address}, and cannot "
+            f"talk to all of them: {reason}; see whether every node reaches every other one (GLOO_SOCKET_IFNAME)."
         ) from None
-    return dataclasses.replace(ranks, patient=dist.new_group(backend="gloo", timeout=_PATIENCE))
+    return Ranks(
+        place.rank,
+        place.world_size,
+        place.local_rank,
+        timeout=limit,
+        nodes=met.nodes,
+        patient=dist.new_group(backend="gloo", timeout=_PATIENCE),
+    )
 
 
 def stop_ranks() -> None:
@@ -213,40 +226,3 @@ def stop_ranks() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _place(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, from whoever started this process."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        if environment["WORLD_SIZE"] == "1":
-            return dict.fromkeys(names, "0") | {"WORLD_SIZE": "1"}
-        missing = [name for name in names if name not in environment]
-        if missing:
-            raise LaunchError(f"{', '.join(missing)} not set beside RANK and WORLD_SIZE; start the run with torchrun.")
-        return {name: environment[name] for name in names}
-    # A batch script has SLURM_PROCID too, but only the tasks of a step have a step's id.
-    if "SLURM_STEP_ID" in environment and environment.get("SLURM_NTASKS", "1") != "1":
-        return {
-            "RANK": environment["SLURM_PROCID"],
-            "WORLD_SIZE": environment["SLURM_NTASKS"],
-            "LOCAL_RANK": environment["SLURM_LOCALID"],
-            "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment),
-            # Below the ephemeral ports, and another one for each job on a node.
-            "MASTER_PORT": environment.get("MASTER_PORT") or str(10000 + int(environment["SLURM_JOB_ID"]) * 7 % 20000),
-        }
-    return dict.fromkeys(names, "0") | {"WORLD_SIZE": "1"}
-
-
-def _first_host(environment: Mapping[str, str]) -> str:
-    """The node of rank 0."""
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-    try:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60
-        )
-        return listed.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise LaunchError(
-            f"scontrol cannot list the hosts of {nodes!r} ({error}); set MASTER_ADDR to the host of rank 0."
-        ) from None

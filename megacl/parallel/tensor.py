@@ -43,11 +43,11 @@ class Shard:
         sections = torch.split(whole, list(self.sections), self.dim)
         return torch.cat([section.chunk(self.size, self.dim)[self.rank] for section in sections], self.dim)
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """The whole of the parts of ranks 0, 1, ..."""
+    def join(self, parts: list[Tensor], out: Tensor | None = None) -> Tensor:
+        """The whole of the parts of ranks 0, 1, ..., in `out` where it is given."""
         lengths = [section // self.size for section in self.sections]
         by_rank = [torch.split(part, lengths, self.dim) for part in parts]
-        return torch.cat([part for section in zip(*by_rank, strict=True) for part in section], self.dim)
+        return torch.cat([part for section in zip(*by_rank, strict=True) for part in section], self.dim, out=out)
 
     def whole_shape(self, part: torch.Size) -> torch.Size:
         """The shape of the whole of which `part` is a part's."""

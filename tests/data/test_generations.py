@@ -104,7 +104,14 @@ def test_equal_text_files_each_have_their_documents_also_after_a_removal(tmp_pat
     assert verify_source(out) == []
 
 
-@pytest.mark.parametrize(("first", "then"), [("merge", "merge"), ("merge", "prepare"), ("prepare", "prepare")])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        pytest.param("merge", "merge", marks=pytest.mark.long),
+        pytest.param("merge", "prepare", marks=pytest.mark.long),
+        ("prepare", "prepare"),
+    ],
+)
 def test_killed_by_sigkill_before_any_change_of_the_disk_the_next_command_finishes(
     tmp_path, texts, tokenizer, first, then
 ):

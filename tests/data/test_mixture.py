@@ -1,6 +1,7 @@
 """Mixtures by exact counts: no drift at any prefix, and any sample found without the samples before it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -105,6 +106,8 @@ def mixtures(draw: Any) -> tuple[tuple[MixturePiece, ...], int]:
     for first, end in zip(firsts, [*firsts[1:], samples], strict=True):
         line = draw(st.none() | weights.map(lambda new, s=first, e=end: MixtureLine(weights=new, start=s, end=e)))
         pieces.append(MixturePiece(first=first, weights=draw(weights), line=line))
+    if line is not None:
+        pieces.append(MixturePiece(first=samples, weights=line.weights))
     return tuple(pieces), samples
 
 
@@ -113,7 +116,7 @@ def dealt(pieces: Sequence[MixturePiece], samples: int) -> list[int]:
     sources = []
     for piece, end in zip(pieces, [*(piece.first for piece in pieces[1:]), samples], strict=True):
         sides = [[], []]
-        for m in range(piece.first, end):
+        for m in range(piece.first, min(end, samples)):
             new = 0
             if piece.line is not None:
                 length = piece.line.end - piece.line.start
@@ -163,7 +166,8 @@ def test_on_a_line_the_new_mixtures_part_grows_evenly() -> None:
 
 def test_the_longest_line_is_exact_to_its_last_sample() -> None:
     length = MAX_LINE - 1
-    mixture = Mixture((MixturePiece(first=0, weights=(1, 0), line=MixtureLine(weights=(0, 1), start=0, end=length)),))
+    line = MixtureLine(weights=(0, 1), start=0, end=length)
+    mixture = Mixture((MixturePiece(first=0, weights=(1, 0), line=line), MixturePiece(first=length, weights=(0, 1))))
     last = np.arange(length - 1000, length)
     source, draw = mixture.locate(last)
     for m, taken, drawn in zip(last.tolist(), source.tolist(), draw.tolist(), strict=True):
@@ -218,10 +222,19 @@ def test_places_are_shared_by_weight_and_a_line_goes_on_without_the_source() -> 
     assert (end, out) == (600, {0: 60})
     assert pieces == (MixturePiece(first=0, weights=(6, 2, 4)), MixturePiece(first=60, weights=(0, 1, 2)))
     line = MixtureLine(weights=(0, 1, 1), start=0, end=100)
-    pieces, end, out = renormalised((MixturePiece(first=0, weights=(1, 0, 0), line=line),), [9, 100, 100], 100)
+    closing = MixturePiece(first=100, weights=line.weights)
+    pieces, end, out = renormalised((MixturePiece(first=0, weights=(1, 0, 0), line=line), closing), [9, 100, 100], 100)
     (sample,) = out.values()
-    assert pieces[1:] == (MixturePiece(first=sample, weights=(0, 1, 1)),), "only the other side is left"
+    assert pieces[1:] == (MixturePiece(first=sample, weights=(0, 1, 1)), closing), "only the other side is left"
     line = MixtureLine(weights=(1, 1, 2), start=0, end=100)
-    pieces, end, out = renormalised((MixturePiece(first=0, weights=(3, 0, 1), line=line),), [9, 100, 100], 100)
+    closing = MixturePiece(first=100, weights=line.weights)
+    pieces, end, out = renormalised((MixturePiece(first=0, weights=(3, 0, 1), line=line), closing), [9, 100, 100], 100)
     expected = MixtureLine(weights=(0, 1, 2), start=0, end=100)
-    assert pieces[1:] == (MixturePiece(first=out[0], weights=(0, 0, 1), line=expected),)
+    rest = (MixturePiece(first=out[0], weights=(0, 0, 1), line=expected), replace(closing, weights=(0, 1, 2)))
+    assert pieces[1:] == rest
+
+
+def test_a_line_that_no_piece_follows_is_refused() -> None:
+    line = MixtureLine(weights=(0, 1), start=0, end=100)
+    with pytest.raises(ValueError, match="a piece must follow where that ends"):
+        Mixture((MixturePiece(first=0, weights=(1, 0), line=line),))

@@ -16,6 +16,7 @@ from megacl.data.shard_list import ShardList, ShardRow
 from megacl.data.source import open_source
 from megacl.data.stream import open_recorded
 from megacl.data.tokenizer import load_tokenizer
+from megacl.lineage import Lineage
 from megacl.plan import plan_phases
 from megacl.resume import Origin, find_inputs, open_sources
 from tests.conftest import Prepared
@@ -88,7 +89,7 @@ def test_what_one_process_opened_another_plans_and_reads_with_without_the_lists(
         shutil.copytree(prepared.sources[name], folder)
     sources = {name: {"path": str(folder)} for name, folder in folders.items()}
     config = from_tree(prepared.tree(tmp_path / "run", sources=sources))
-    origin = Origin(None, None, None)
+    origin = Origin(None, None, None, Lineage())
     opened = open_sources(config, origin)
     expected = [stream.read(np.arange(50)) for _, stream, _ in plan_phases(find_inputs(config, origin, opened))]
     packed = pickle.dumps(opened)
@@ -110,7 +111,7 @@ def test_a_phase_reads_only_what_a_new_generation_added_and_the_lineage_finds_it
         "english": {"path": str(tmp_path / "both"), "generation": 1},
         "german": {"path": str(tmp_path / "both"), "since": 1},
     }
-    config, origin = from_tree(prepared.tree(tmp_path / "run", sources=sources)), Origin(None, None, None)
+    config, origin = from_tree(prepared.tree(tmp_path / "run", sources=sources)), Origin(None, None, None, Lineage())
     found = find_inputs(config, origin, open_sources(config, origin))
     (_, english, _), (_, german, lineage) = plan_phases(found)
     alone = open_source(prepared.sources["german"]).train

@@ -197,7 +197,7 @@ def test_what_is_hidden_in_a_folder_is_not_looked_at_unless_it_is_named(tmp_path
         assert len(find_inputs([str(tmp_path / "raw" / name)], Reading()).files) == 1
 
 
-@pytest.mark.parametrize("inputs", ["", "*", "**/*"])
+@pytest.mark.parametrize("inputs", ["", pytest.param("*", marks=pytest.mark.long), "**/*"])
 def test_out_may_lie_in_an_input_folder(tmp_path, large, texts, tokenizer, inputs, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deep").mkdir()
@@ -561,7 +561,7 @@ def finished_blocks(out: Path) -> set[str]:
     return {file.stem for file in (out / ".prepare").glob("*.json")}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_killed_at_any_moment_the_same_command_goes_on_to_the_same_bytes(
     tmp_path, large, tokenizer, undisturbed, workers
 ):
@@ -602,7 +602,7 @@ def test_a_script_that_does_not_keep_its_work_from_its_workers_is_told_so(tmp_pa
     assert 'under `if __name__ == "__main__":`' in last
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_interrupting_the_command_ends_its_workers(tmp_path, large, tokenizer, number):
     process = start(tmp_path, large, tokenizer)
     wait_until(lambda: len(finished_blocks(tmp_path / "out")) >= 2)

@@ -243,6 +243,7 @@ def test_a_purge_leaves_no_byte_of_the_documents_and_says_why_a_generation_is_go
     assert again.generation is None
 
 
+@pytest.mark.long
 def test_a_removal_that_is_killed_anywhere_ends_with_the_same_bytes(folder, texts, tmp_path, monkeypatch):
     class KilledError(BaseException):
         """Stands for a kill: nothing catches it."""

@@ -4,6 +4,7 @@ import http.server
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
+from runs import WEIGHTS, losses
 
 from megacl.checkpoint import find_checkpoint, open_checkpoint
 from megacl.configfile import from_tree
@@ -424,12 +426,14 @@ def test_a_server_that_dies_in_an_epoch_and_comes_back_changes_nothing(
 
 def test_shards_are_fetched_before_they_are_read(url: str, tmp_path: Path) -> None:
     source = windowed(open_source(url, cache=cache_at(tmp_path, shards=20)))
-    batches = iter(Loader(stream_of(source), batch_size=8, rank=0, world_size=1, vocab_size=500))
+    loader = Loader(stream_of(source), batch_size=8, rank=0, world_size=1, vocab_size=500)
+    batches = iter(loader)
     next(batches)
     end = time.monotonic() + 20
     while len(held(source.folder.cache)) < 5 and time.monotonic() < end:  # type: ignore[union-attr]
         time.sleep(0.01)
     assert 5 <= len(held(source.folder.cache)) <= 8  # type: ignore[union-attr]
+    assert loader.arrived > 0
     batches.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("megacl")]
 
@@ -446,7 +450,7 @@ def test_training_from_a_store_is_training_from_the_folder(
         assert train(from_tree(tree)) == "done"
     records = [load_lineage(tmp_path / name) for name in ("local", "remote")]
     assert records[0].sources.keys() == records[1].sources.keys()
-    weights = [(tmp_path / name / "checkpoints/step-00000020/weights.safetensors") for name in ("local", "remote")]
+    weights = [(tmp_path / name / "checkpoints/step-00000020" / WEIGHTS) for name in ("local", "remote")]
     assert sha256_of(weights[0]) == sha256_of(weights[1])
     cache = ShardCache(tmp_path / "cache", 10**6)
     found, problems = sources_of(records[1], {}, cache=cache)
@@ -535,3 +539,76 @@ def test_the_dry_run_says_what_a_store_makes_costly(server: Server, prepared: Pr
     assert first not in "\n".join(plan_text(from_tree(tree)))
     tree |= {"packing": "best_fit", "boundaries": "attention", "cache": cache | {"size": "1 MB"}}
     assert f"source 'german': {first}" in "\n".join(plan_text(from_tree(tree)))
+
+
+# ---------------------------------------------------------------------------------------------- staging
+
+
+def staging(path: Path | str, **settings: Any) -> ShardCache:
+    return ShardCache(path, 10**9, patience=0.2, stage=True, **settings)
+
+
+def test_a_folder_that_is_staged_is_read_from_the_cache_and_keeps_its_name(folder: Path, tmp_path: Path) -> None:
+    cache = staging(tmp_path / "cache")
+    staged, plain = open_source(folder, cache=cache), open_source(folder)
+    assert not held(cache)  # nothing is copied before it is read
+    assert (staged.path, staged.fingerprint, staged.tokenizer_file) == (
+        plain.path,
+        plain.fingerprint,
+        plain.tokenizer_file,
+    )
+    staged.train.read(0, 1)
+    assert len(held(cache)) == 1
+    assert all_of(staged) == all_of(plain)
+    copies = {file.read_bytes() for file in held(cache)}
+    assert copies <= {file.read_bytes() for file in folder.rglob("*.arrow")}
+    travelled = pickle.loads(pickle.dumps(staged))
+    assert all_of(travelled) == all_of(plain)
+
+
+def test_a_shard_that_was_changed_or_is_gone_is_not_staged(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    source = open_source(copy, cache=staging(tmp_path / "cache"))
+    first = copy / source.train.shards.row(0).path
+    content = bytearray(first.read_bytes())
+    content[-1] ^= 1
+    first.write_bytes(content)
+    with pytest.raises(DataError, match=r"its hash is not the one in shards.arrow; it was changed. Restore it"):
+        source.train.read(0, 1)
+    first.unlink()
+    with pytest.raises(DataError, match=r"the shard is missing. Restore it from a copy"):
+        source.train.read(0, 1)
+    assert not held(source.folder.cache)  # type: ignore[union-attr]
+
+
+def test_a_cache_lies_where_the_environment_of_each_machine_says(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SCRATCH_OF_JOB", raising=False)
+    cache = staging("$SCRATCH_OF_JOB/shards")
+    source = open_source(folder, cache=cache)
+    with pytest.raises(ConfigError, match=r"cache.path is '\$SCRATCH_OF_JOB/shards', and \$SCRATCH_OF_JOB is not set"):
+        source.train.read(0, 1)
+    monkeypatch.setenv("SCRATCH_OF_JOB", str(tmp_path))
+    pickle.loads(pickle.dumps(source)).train.read(0, 1)
+    assert len(list((tmp_path / "shards").glob("*.arrow"))) == 1
+
+
+def test_a_run_on_staged_folders_is_the_run_on_the_folders(prepared: Prepared, tmp_path: Path) -> None:
+    cache = {"path": str(tmp_path / "scratch"), "size": "1 GB", "stage": True}
+    for name, more in (("plain", {}), ("staged", {"cache": cache})):
+        tree = prepared.tree(tmp_path / name, **more)
+        tree["phases"] = [tree["phases"][0] | {"steps": 4}]
+        assert train(from_tree(tree)) == "done"
+    assert losses(tmp_path / "staged") == losses(tmp_path / "plain")
+    mine, its = (load_lineage(tmp_path / name).phases[0] for name in ("staged", "plain"))
+    assert (mine.sources, mine.samples) == (its.sources, its.samples)
+    english = {sha256_of(file) for file in prepared.sources["english"].rglob("*.arrow")}
+    german = {sha256_of(file) for file in prepared.sources["german"].rglob("*.arrow")}
+    copied = {file.stem for file in (tmp_path / "scratch").glob("*.arrow")}
+    train_shards = {
+        sha256_of(prepared.sources["german"] / row.path) for row in open_source(prepared.sources["german"]).train.shards
+    }
+    assert copied & english
+    assert not copied & train_shards & german  # which only a phase to come would read

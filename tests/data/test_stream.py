@@ -229,7 +229,7 @@ def test_a_source_too_small_for_one_sequence_is_refused() -> None:
 def test_a_phase_name_that_the_model_knows_is_refused() -> None:
     sources = {"s0": counting_source(0, 100)}
     lineage = finish(Lineage(), begin(Lineage(), phase_config("p0", {"s0": 1}, 2), sources, seq_length=T, batch=5))
-    with pytest.raises(ConfigError, match="already been through a phase named 'p0'"):
+    with pytest.raises(ConfigError, match="already been through a phase or a merge named 'p0'"):
         begin(lineage, phase_config("p0", {"s0": 1}, 2), sources, seq_length=T, batch=5)
 
 

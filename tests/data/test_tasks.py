@@ -319,7 +319,8 @@ if __name__ == "__main__":
 def start(folder: Path, raw: Path, tokenizer: Tokenizer, task: str, kill: int = 0) -> "subprocess.Popen[str]":
     """A task or a merge in a process of its own, which kills itself before its rename of that number."""
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    if not script.exists():  # written once: a process that has just started may be about to read it
+        script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(raw), str(tokenizer.file), str(folder / "out"), task, str(BLOCK)]
     return subprocess.Popen([*command, str(kill)], env=environment(ROOT), stderr=subprocess.PIPE, text=True)
 
@@ -336,7 +337,7 @@ def test_a_task_that_is_killed_goes_on_beside_others_to_the_same_bytes(tmp_path,
     kept = {file.stem for file in work.glob("*.json")}
     inodes = {file.stat().st_ino for key in kept for file in work.glob(f"{key}-*.arrow")}
     processes = [start(tmp_path, raw, tokenizer, task) for task in ("1/2", "2/2")]
-    assert [process.communicate()[1] for process in processes] == ["", ""]
+    assert [(process.communicate()[1], process.returncode) for process in processes] == [("", 0), ("", 0)]
     merge(tmp_path / "out")
     assert contents(tmp_path / "out") == alone
     assert inodes <= {file.stat().st_ino for file in (tmp_path / "out").glob("*.arrow")}
@@ -399,7 +400,7 @@ def test_the_same_task_twice_at_once_is_refused(tmp_path, raw, tokenizer):
         while not list(work.glob("*.json")):  # a block is done, so it has the lock
             assert process.poll() is None
         os.kill(process.pid, signal.SIGSTOP)
-        with pytest.raises(DataError, match=r"the same task is at work there; wait for it, or stop it"):
+        with pytest.raises(DataError, match=r"the same task is at work there \(.*\); wait for it, or stop it"):
             prepare(**arguments(raw, tokenizer, tmp_path / "out", task=(1, 1)))
         with pytest.raises(DataError, match=r"a prepare is at work there"):
             merge(tmp_path / "out")

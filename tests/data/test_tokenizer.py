@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -163,6 +164,15 @@ def test_the_fingerprint_is_the_hash_of_the_file_and_survives_a_copy(tokenizer, 
     assert again.matches(tokenizer.fingerprint)
     assert again.encode(["Ein Satz."])[0].tolist() == tokenizer.encode(["Ein Satz."])[0].tolist()
     assert not again.matches("0" * 64)
+
+
+def test_a_tokenizer_travels_to_another_process_and_needs_no_file_there(tokenizer, tmp_path):
+    texts = ["Ein Satz, a sentence.  ", CONTROL_TEXT]
+    expected = [ids.tolist() for ids in tokenizer.encode(texts)]
+    after = pickle.loads(pickle.dumps(tokenizer))
+    assert [ids.tolist() for ids in after.encode(texts)] == expected
+    assert (after.vocab_size, after.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
+    assert after.fingerprint == load_tokenizer(after.save(tmp_path)).fingerprint == tokenizer.fingerprint
 
 
 def test_2048_pieces_for_two_languages_hold_more_than_two_and_a_half_bytes_a_token(models):

@@ -148,7 +148,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - 2 *
 """
 
 
-@pytest.mark.parametrize("name", ["bpe", "as_it_is"])
+@pytest.mark.parametrize("name", ["bpe", pytest.param("as_it_is", marks=pytest.mark.long)])
 @pytest.mark.parametrize("text", ["x", "It was the 2nd of May 1845. "])
 def test_twenty_megabytes_of_one_text_take_little_memory_beside_the_ids(sentencepiece_models, name, text):
     # Whole, they take 50 to 100 bytes a character: 1 to 2 GB.

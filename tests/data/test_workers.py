@@ -18,7 +18,7 @@ def test_results_come_from_as_many_workers_as_are_asked_for():
 
 @pytest.mark.parametrize("started", [0, 1])
 def test_a_signal_that_comes_while_a_worker_is_started_is_what_the_caller_sees(monkeypatch, started):
-    start, calls = BaseProcess.start, []
+    start, calls, before = BaseProcess.start, [], set(multiprocessing.active_children())
 
     def interrupted(process: BaseProcess) -> None:
         calls.append(process)
@@ -29,4 +29,4 @@ def test_a_signal_that_comes_while_a_worker_is_started_is_what_the_caller_sees(m
     monkeypatch.setattr(BaseProcess, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(run_on_workers(build_double, iter(range(20)), 2))
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before

@@ -47,4 +47,4 @@ def test_killed_at_random_moments_a_run_ends_bitwise_as_if_undisturbed(
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     evaluations = [(record["step"], record["sources"]) for record in metrics(tmp_path / "run", "evaluation")]
     assert evaluations == [(r["step"], r["sources"]) for r in metrics(tmp_path / "whole", "evaluation")]
-    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*.tmp"))

@@ -82,8 +82,8 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         (ours.rotary, (turned, angles, angles, False)),
         (ours.swiglu, (x,)),
         (ours.swiglu_backward, (plain[0], plain[2][:, :4])),
-        (ours.bias_gelu, (x, bias)),
-        (ours.bias_gelu_backward, (plain[0], plain[1], plain[2])),
+        (ours.bias_gelu, (x, bias, False)),
+        (ours.bias_gelu_backward, (plain[0], plain[1], plain[2], True)),
         (ours.linear_cross_entropy, (x, residual, targets, 2, 0.1, torch.float32, True, True)),
         (ours.linear_cross_entropy, (plain[0], residual, targets, 2, 0.1, torch.bfloat16, False, True)),
     ]

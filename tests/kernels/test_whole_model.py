@@ -1,5 +1,7 @@
 """A whole model on other implementations of its ops: the loss and all gradients stay the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from twins import DEVICE, TRITON
@@ -18,6 +20,7 @@ LLAMA = ModelConfig(
     num_kv_heads=1,
     intermediate_size=20,
 )
+OTHERS = replace(NEOX, qk_norm="none", parallel_residual=False, gelu="tanh", attention_bias="none", head_dim=12)
 
 
 def loss_and_gradients(config: ModelConfig, ops, *, autocast: bool = False) -> list[torch.Tensor]:
@@ -39,7 +42,7 @@ def chosen(form: str):
 
 
 @pytest.mark.parametrize("form", ["lean", "torch", pytest.param("triton", marks=TRITON)])
-@pytest.mark.parametrize("config", [NEOX, LLAMA], ids=["gpt_neox", "llama"])
+@pytest.mark.parametrize("config", [NEOX, LLAMA, OTHERS], ids=["gpt_neox", "llama", "what others train"])
 def test_it_learns_the_same_from_a_batch_in_fp32(config, form):
     found, expected = loss_and_gradients(config, chosen(form)), loss_and_gradients(config, REFERENCE)
     for ours, theirs in zip(found, expected, strict=True):

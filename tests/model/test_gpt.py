@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megacl import kernels
-from megacl.model.config import ModelConfig
+from megacl.model.config import Llama3Rope, ModelConfig
 from megacl.model.gpt import GPT, build_model, count_parameters, flops_per_token
 from megacl.model.layers import rotary_tables
 
@@ -23,6 +23,7 @@ LLAMA = ModelConfig(
     num_kv_heads=2,
     rope_theta=500.0,
 )
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 FORMS = pytest.mark.parametrize("config", [NEOX, LLAMA], ids=["gpt_neox", "llama"])
 TOKENS_BT = torch.from_numpy(np.random.Generator(np.random.Philox(5)).integers(0, 101, (3, 20)))
 
@@ -58,7 +59,7 @@ def head_norm_by_hand(w: dict[str, torch.Tensor], name: str, x_E: torch.Tensor, 
 
 
 def attention_by_hand(w: dict[str, torch.Tensor], x_TD: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    length, width = x_TD.shape[0], config.head_dim
+    length, width = x_TD.shape[0], config.head_size
     heads, kv_heads = config.num_attention_heads, config.kv_heads
     projected = x_TD @ w["attention.qkv.weight"].T + w.get("attention.qkv.bias", 0)
     queries, keys, values = projected.split([heads * width, kv_heads * width, kv_heads * width], dim=1)
@@ -189,8 +190,8 @@ def test_attention_of_normed_heads_stays_bounded_however_large_the_weights(confi
     model(TOKENS_BT)
     for bound, layer in zip(largest, model.layers, strict=True):
         gain = layer.attention.q_norm.weight.abs().max() * layer.attention.k_norm.weight.abs().max()
-        # A head normed to a root mean square of 1 has a length of sqrt(head_dim), which turning leaves.
-        assert bound <= gain.item() * math.sqrt(config.head_dim) * (1 + 1e-6)
+        # A head normed to a root mean square of 1 has a length of sqrt(head_size), which turning leaves.
+        assert bound <= gain.item() * math.sqrt(config.head_size) * (1 + 1e-6)
 
 
 def test_grouped_heads_equal_full_attention_with_repeated_heads():
@@ -280,3 +281,31 @@ def test_flops_count_each_weight_of_a_product_six_times_and_attention_in_full(ti
     config = replace(LLAMA, tie_embeddings=tied)
     per_layer = 48 * (48 + 24 + 24) + 48 * 48 + 48 * 140 + 70 * 48
     assert flops_per_token(config, 64) == 6 * (3 * per_layer + 101 * 48) + 12 * 3 * 48 * 64
+
+
+def test_flops_of_attention_follow_the_width_of_its_heads():
+    wide = replace(LLAMA, head_dim=20, attention_bias="all")
+    more = 6 * 3 * 48 * (2 * 4 + 2 * 2) * 8 + 12 * 3 * 4 * 8 * 64  # 8 wider heads: in qkv and out, and in attention
+    assert flops_per_token(wide, 64) == flops_per_token(LLAMA, 64) + more
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"num_attention_heads": 5, "num_kv_heads": 5},
+            "num_attention_heads is 5; it must divide hidden_size, 48, where head_dim is not given",
+        ),
+        ({"gelu": "tanh"}, "gelu is tanh; it must be left out, since the llama form has SwiGLU"),
+        (
+            {"rope_scaling": Llama3Rope(**LLAMA3, low_freq_factor=4.0)},
+            "rope_scaling.low_freq_factor is 4; it must be less than high_freq_factor, 4",
+        ),
+        ({"num_attention_heads": 5, "num_kv_heads": 5, "head_dim": 6}, None),
+        ({"rope_scaling": Llama3Rope(**LLAMA3, low_freq_factor=1.0)}, None),
+        ({"attention_bias": "qkv", "mlp_bias": True, "parallel_residual": True}, None),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_together_is_said(changes, problem):
+    assert replace(LLAMA, **changes).problem() == problem

@@ -93,6 +93,8 @@ def patience(ranks: Ranks, tp: int, sp: int) -> set[float]:
     return {group._get_backend(cpu).options._timeout.total_seconds() for group in groups if group is not None}
 
 
-@pytest.mark.parametrize(("tp", "sp"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("tp", "sp"), [(1, 1), *(pytest.param(*each, marks=pytest.mark.long) for each in [(2, 1), (1, 2)])]
+)
 def test_a_silent_rank_is_missed_as_soon_in_every_group(tp, sp):
     assert run_on_fresh_ranks(2, patience, tp, sp) == [{SECONDS}, {SECONDS}]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacl.errors import DataError, LaunchError
+from megacl.errors import DataError, LaunchError, RendezvousError
 from megacl.parallel.ranks import Ranks, start_ranks, stop_ranks
 from tests.ranks import run_on_ranks
 
@@ -78,10 +78,11 @@ def test_a_variable_that_torchrun_would_have_set_is_named(environment):
 def test_ranks_that_do_not_come_are_missed_in_one_line(environment):
     environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     with pytest.raises(
-        LaunchError, match=r"^rank 0 of 2 did not meet the others at 127.0.0.1:\d+ within 1 s: "
+        RendezvousError, match=r"^rank 1 of 2 did not come to rank 0 at 127.0.0.1:\d+ within 0.5 s; see "
     ) as error:
-        start_ranks(timeout=1)
+        start_ranks(timeout=60, rendezvous_timeout=0.5)
     assert "\n" not in str(error.value)
+    assert error.value.ranks == (1,)
 
 
 def test_without_scontrol_the_master_is_asked_for(environment):

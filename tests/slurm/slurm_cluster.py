@@ -12,7 +12,9 @@ slurmctld, which remembers ended jobs for five minutes.
 import contextlib
 import getpass
 import os
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +23,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 PACKAGES = "munge slurmctld slurmd slurm-client"
@@ -52,16 +56,19 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,sched_min_interval=0,batch_sched_delay=0
 KillOnBadExit=1
-KillWait=10
+KillWait={kill_wait}
 NodeName=127.0.1.1 NodeHostname={host} Port={ports[1]} CPUs=2
 NodeName=127.0.1.2 NodeHostname={host} Port={ports[2]} CPUs=2
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def missing_programs() -> list[str]:
-    """Those of the cluster's programs that are not installed."""
-    return [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+def need_programs() -> None:
+    """Where some of the cluster's programs are not installed, the test skips, and fails in CI."""
+    missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+    if missing:
+        why = f"no SLURM here ({', '.join(missing)} missing): apt-get install --no-install-recommends {PACKAGES}"
+        pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
 
 
 @dataclass(frozen=True)
@@ -82,23 +89,30 @@ class JobState:
 class Cluster:
     """Runs while it is entered. What is wrong with it is an AssertionError that ends with the daemons' last lines."""
 
+    def __init__(self, *settings: str, kill_wait: int = 10) -> None:
+        """settings: further lines of slurm.conf. kill_wait: seconds between the signals that ask a job to end, and the
+        one that ends it."""
+        self._settings, self._kill_wait = settings, kill_wait
+
     def __enter__(self) -> "Cluster":
         # Sockets lie in it, and a socket's path has at most 107 bytes: pytest's own folders are too deep.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         # Settings of a job or a cluster that these tests run in must not reach the commands.
         foreign = ("SLURM", "SBATCH", "SRUN", "SALLOC", "SCANCEL", "SQUEUE", "SINFO")
-        self._environment = {
+        self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(foreign)},
             "PATH": PATH,
             "SLURM_CONF": f"{self.folder}/slurm.conf",
         }
         host, user = socket.gethostname().partition(".")[0], getpass.getuser()
-        config = CONFIG.format(folder=self.folder, host=host, user=user, ports=_free_ports(3))
-        (self.folder / "slurm.conf").write_text(config)
+        config = CONFIG.format(
+            kill_wait=self._kill_wait, folder=self.folder, host=host, user=user, ports=_free_ports(3)
+        )
+        (self.folder / "slurm.conf").write_text("\n".join([*self._settings, config]))
         with open(self.folder / "keeper.log", "ab") as log:
             self._keeper = subprocess.Popen(
                 [sys.executable, __file__],
-                env=self._environment,
+                env=self.environment,
                 cwd=self.folder,
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -106,7 +120,7 @@ class Cluster:
                 start_new_session=True,  # a Ctrl-C in the terminal is not for it
             )
         try:
-            _wait(lambda: self._idle_nodes() == 2, timeout=60)
+            _wait(lambda: self._idle_nodes() == 2, timeout=240)
         except TimeoutError:
             problem = f"the cluster does not come up\n{self._last_lines()}"
             self.__exit__()
@@ -116,20 +130,26 @@ class Cluster:
     def __exit__(self, *error: object) -> None:
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
-        self._keeper.wait(timeout=120)
+        self._keeper.wait(timeout=600)
 
-    def run(self, *command: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    def run(
+        self, *command: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 240
+    ) -> str:
         """What one of SLURM's commands prints; AssertionError with its complaint where it fails."""
         done = subprocess.run(
             command,
-            env={**self._environment, **(environment or {})},
+            env={**self.environment, **(environment or {})},
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout,
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
         return done.stdout.strip()
+
+    def kill_daemon(self, node: str) -> None:
+        """Kills a node's slurmd, as where the node is lost: what runs there runs on, and nobody hears of it."""
+        os.kill(int((self.folder / f"{node}.pid").read_text()), signal.SIGKILL)
 
     def submit(self, *arguments: str, environment: Mapping[str, str], cwd: Path) -> "Job":
         """sbatch with these arguments, in this environment and folder."""
@@ -203,12 +223,14 @@ def _wait(condition: Callable[[], bool], *, timeout: float) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("", 0))
-        return [probe.getsockname()[1] for probe in probes]
+    """Ports that nobody listens on now; below those that systems give to connections, which come at any moment."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(30000, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            ports += [port] if port not in ports else []
+    return ports
 
 
 def keep() -> None:
@@ -222,12 +244,12 @@ def keep() -> None:
     munge += ["--foreground", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.sock"]
     daemons = [subprocess.Popen(["munged", *munge], stdin=subprocess.DEVNULL)]
     with contextlib.suppress(TimeoutError, subprocess.SubprocessError):
-        _wait((folder / "munge.sock").exists, timeout=20)
+        _wait((folder / "munge.sock").exists, timeout=120)
         for command in (["slurmctld"], ["slurmd", "-N", "127.0.1.1"], ["slurmd", "-N", "127.0.1.2"]):
             daemons.append(subprocess.Popen([*command, "-D"], stdin=subprocess.DEVNULL))
         sys.stdin.read()
 
-        subprocess.run(["scancel", "--user", getpass.getuser()], timeout=60)
+        subprocess.run(["scancel", "--user", getpass.getuser()], timeout=240)
         _wait(lambda: not subprocess.check_output(["squeue", "--noheader"], timeout=60), timeout=60)
     for daemon in reversed(daemons):  # munged last: without it the others cannot speak to one another
         daemon.terminate()

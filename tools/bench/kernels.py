@@ -80,6 +80,7 @@ def cases(tokens: int, hidden: int, vocab: int, *, device: str, dtype: torch.dty
         Case("rotary", (qk_BHTE, *whole), {}, bytes_moved=4 * qk_BHTE.numel() * size),
         Case("rotary", (qk_BHTE, *quarter), {}, bytes_moved=4 * qk_BHTE.numel() * size),
         Case("swiglu", (values(tokens, 2 * inner),), {}, bytes_moved=8 * tokens * inner * size),
+        Case("linear", (x, values(hidden, hidden), bias), {}, flops=3 * 2 * tokens * hidden * hidden),
         Case(
             "linear_gelu",
             (x, values(4 * hidden, hidden), values(4 * hidden)),

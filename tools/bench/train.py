@@ -12,11 +12,13 @@ row says beside another is worth more than what it says alone: `to megacl` is ta
     model GFLOP/s      by `flops_per_token`: every matrix product, and attention as if it were not causal
     GEMM GFLOP/s       by the products that are made: attention's causal half
     of the GEMM rate   the last beside the rate of these matrix products alone, attention's left out, measured in each
-                       round: forward, gradient of the input, gradient of the weight, each into memory it had before
+                       round: forward, gradient of the input, gradient of the weight, each by the faster one of MKL,
+                       into memory that was there before, and oneDNN
     peak MB            resident memory of the process at its highest
 
 `megacl` is the native engine; `selective` and `full` are activation checkpointing, and each step of `monitored` is
-looked into, as `logging.monitor_every_steps` does it now and then. `bare loop` is the same GPT, loss.backward,
+looked into, as `logging.monitor_every_steps` does it now and then; behind each step of `reptile` there is a move, as
+`reptile.every_steps` makes it now and then. `bare loop` is the same GPT, loss.backward,
 clip_grad_norm_ and AdamW(fused=True), no more.
 All rows train a GPT-NeoX model of one shape in fp32, on random tokens, with as many threads.
 
@@ -73,8 +75,13 @@ def steps_of(kind: str, shape: Shape, steps: int) -> dict[str, Any]:
         )
         built = build_engine(model, engine=engine, optimizer=OptimizerConfig(), ranks=Ranks())
 
-        def step(rows: Any) -> object:
-            return built.step(rows.numpy(), 3e-4, monitor="monitored" in kind)
+        if "reptile" in kind:
+            built.set_anchor()
+
+        def step(rows: Any) -> None:
+            built.step(rows.numpy(), 3e-4, monitor="monitored" in kind)
+            if "reptile" in kind:
+                built.outer_update(0.5)
 
     seconds, cpu = [], []
     for batch in rows:
@@ -116,13 +123,15 @@ def bare_step(model: Any) -> Callable[[Any], object]:
     return step
 
 
-def gemm_rates(shape: Shape) -> dict[str, float]:
-    """GFLOP/s of the model's matrix products, weighed as a step has them, and of square ones."""
+def gemm_rates(shape: Shape, clock: Callable[[], float] = time.perf_counter, repeats: int = 7) -> dict[str, float]:
+    """GFLOP/s of the model's matrix products, weighed as a step has them, and of square ones, by that clock."""
     import torch
+
+    from megacl.kernels import LOSS_CHUNK, onednn
 
     tokens, width = shape["batch"] * shape["seq_length"], shape["hidden_size"]
     layers = shape["num_layers"]
-    chunk = min(tokens, 1024)
+    chunk = min(tokens, LOSS_CHUNK["cpu"])
     products = [  # rows, inputs, outputs, how many a step has
         (tokens, width, 3 * width, layers),
         (tokens, width, width, layers),
@@ -134,20 +143,28 @@ def gemm_rates(shape: Shape) -> dict[str, float]:
     for rows, inputs, outputs, count in products:
         x, weight, y = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
         for one, other, into in ((x, weight.t(), y), (y, weight, x), (y.t(), x, weight)):
-            total_seconds += count * _median_seconds(functools.partial(torch.mm, one, other, out=into))
+            seconds = _median_seconds(functools.partial(torch.mm, one, other, out=into), clock, repeats)
+            if onednn.available():
+                seconds = min(
+                    seconds, _median_seconds(functools.partial(onednn.product, one, other.t()), clock, repeats)
+                )
+            total_seconds += count * seconds
             total_flops += count * 2 * rows * inputs * outputs
     square = torch.randn(SQUARE, SQUARE)
     into = torch.empty_like(square)
-    squared = _median_seconds(functools.partial(torch.mm, square, square, out=into))
+    squared = min(
+        _median_seconds(functools.partial(torch.mm, square, square, out=into), clock, repeats),
+        _median_seconds(functools.partial(onednn.product, square, square), clock, repeats),
+    )
     return {"own": total_flops / total_seconds / 1e9, "square": 2 * SQUARE**3 / squared / 1e9}
 
 
-def _median_seconds(run: Callable[[], object], repeats: int = 7) -> float:
+def _median_seconds(run: Callable[[], object], clock: Callable[[], float], repeats: int) -> float:
     found = []
     for _ in range(repeats + 1):
-        begun = time.perf_counter()
+        begun = clock()
         run()
-        found.append(time.perf_counter() - begun)
+        found.append(clock() - begun)
     return statistics.median(found[1:])
 
 
@@ -263,7 +280,7 @@ def one(what: str, *arguments: object) -> Any:
 def rows_of(peers: Path | None) -> dict[str, Callable[[Shape, int], Any]]:
     """The table's rows: what measures each."""
     rows: dict[str, Callable[[Shape, int], Any]] = {}
-    for settings in ("", ", compile", ", deepspeed", ", selective", ", full", ", monitored"):
+    for settings in ("", ", compile", ", deepspeed", ", selective", ", full", ", monitored", ", reptile"):
         rows[f"megacl{settings}"] = functools.partial(_own_row, f"megacl{settings}")
     rows["bare loop"] = functools.partial(_own_row, "bare loop")
     if peers is not None:

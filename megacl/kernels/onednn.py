@@ -1,0 +1,56 @@
+"""Matrix products in fp32 on a CPU by oneDNN, which PyTorch's own linear layer asks for 16 bits alone.
+
+PyTorch multiplies fp32 by MKL, which does not get all out of every maker's cores. tools/bench/kernels.py has both. The
+op is the one that torch.compile puts into graphs for inference.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def available() -> bool:
+    """Whether this build of PyTorch has it."""
+    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, without a gradient; x [..., D]. In another dtype than fp32 it is PyTorch's own."""
+    if x.dtype != torch.float32 or x.numel() == 0:
+        return F.linear(x, weight_FD, bias_F)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_FD, bias_F, "none", [], "")
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_FD)
+        return product(x, weight_FD, bias_F)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight_FD = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        dy_NF = dy.flatten(0, -2)
+        # It copies x for this product; that is over before there is dx.
+        dweight_FD = product(dy_NF.t(), x.flatten(0, -2).t()) if wants_weight else None
+        dx = product(dy, weight_FD.t()) if wants_x else None
+        return dx, dweight_FD, dy_NF.sum(0) if wants_bias else None
+
+
+def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """`Kernels.linear`; what is not in fp32 goes the reference's way."""
+    if x.dtype != torch.float32:
+        return F.linear(x, weight_FD, bias_F)
+    y: Tensor = _Linear.apply(x, weight_FD, bias_F)  # type: ignore[no-untyped-call]
+    return y
+
+
+def linear_gelu(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, *, tanh: bool = False) -> Tensor:
+    """`Kernels.linear_gelu`."""
+    return F.gelu(linear(x, weight_FD, bias_F), approximate="tanh" if tanh else "none")

@@ -1,0 +1,44 @@
+"""oneDNN's products in fp32 against the twins in fp64, forward and backward."""
+
+import pytest
+import torch
+from twins import assert_matches_twin, drawn
+
+from megacl.kernels import FORMS, REFERENCE, onednn
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or not onednn.available(), reason="needs a CPU's PyTorch with oneDNN"
+)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 1, 1), (33, 64, 130), (0, 7, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_its_twin(shape, bias):
+    rows, inputs, outputs = shape
+    x, weight = drawn(rows, inputs), drawn(outputs, inputs, seed=1)
+    tensors = (x, weight, drawn(outputs, seed=2)) if bias else (x, weight)
+    assert_matches_twin(FORMS["linear"]["onednn"], REFERENCE.linear, tensors)
+
+
+def test_a_linear_layer_with_gelu_is_its_twin():
+    tensors = drawn(2, 5, 7), drawn(12, 7, seed=1), drawn(12, seed=2)
+    assert_matches_twin(FORMS["linear_gelu"]["onednn"], REFERENCE.linear_gelu, tensors)
+
+
+def test_views_that_are_not_contiguous_are_read_by_their_strides():
+    x = drawn(4, 3, 10).detach().transpose(0, 1)[..., ::2].requires_grad_()
+    weight = drawn(5, 6, seed=1).detach().t().requires_grad_()
+    coming = [drawn(6, 3, 4, seed=3).detach().permute(1, 2, 0)]
+    assert_matches_twin(FORMS["linear"]["onednn"], REFERENCE.linear, (x, weight), coming=coming)
+
+
+def test_values_of_another_width_go_the_twins_way():
+    x, weight = drawn(5, 7, dtype=torch.float64), drawn(3, 7, dtype=torch.float64, seed=1)
+    assert torch.equal(FORMS["linear"]["onednn"](x, weight), REFERENCE.linear(x, weight))
+
+
+def test_only_the_gradients_that_are_wanted_are_computed():
+    x, weight = drawn(5, 7).detach(), drawn(3, 7, seed=1)
+    FORMS["linear"]["onednn"](x, weight).sum().backward()
+    assert x.grad is None
+    assert weight.grad is not None

@@ -1,0 +1,175 @@
+"""The train script's part behind the ranks' end, in bash, with programs that only note how they are called."""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megacl.config_cluster import ClusterConfig
+from megacl.slurm.render import Job, render_script
+
+SRUN = """\
+#!/bin/bash
+echo "srun at $MASTER_PORT" >>"$NOTES"
+read -r first <"$STATUSES"
+sed -i 1d "$STATUSES"
+[[ $first == told ]] && kill -USR1 "$PPID" && exit 75
+exit "$first"
+"""
+# It answers as job-end does, a line a call; with none left it fails.
+PYTHON = """\
+#!/bin/bash
+echo "${@:3:1} ${@:5}" | sed -E 's/--since [0-9]+ //' >>"$NOTES"
+read -r first <"$ANSWERS" || exit 3
+sed -i 1d "$ANSWERS"
+echo "$first"
+"""
+SCONTROL = """\
+#!/bin/bash
+case "$1 $2" in
+"show hostnames") echo 127.0.0.1 ;;
+"show job") echo "   ReqNodeList=(null) ExcNodeList=(null)"; echo "   ExcNodeList=$EXCLUDED" ;;
+*) echo "scontrol $*" >>"$NOTES" ;;
+esac
+"""
+# Its controller does not answer once, where the file says so, and never permits a requeue, where it says the other.
+MOODY = """\
+#!/bin/bash
+here=$(dirname "$0")
+[[ $1 == show ]] && exit
+echo "$*" >>"$NOTES"
+if [[ $1 == ping ]]; then
+    echo "Slurmctld(primary) at here $(cat "$here/answers of slurm")"
+    [[ $(cat "$here/answers of slurm") == "is UP" ]] || echo back >"$here/answers of slurm"
+    exit
+fi
+[[ $(cat "$here/answers of slurm") == back ]]
+"""
+ASKED = "job-end --status {} --max-restarts 4 --first-wait 20"
+
+
+@dataclass(frozen=True)
+class Ran:
+    status: int
+    notes: list[str]
+    log: str
+
+
+def run_script(
+    folder: Path,
+    *,
+    statuses: list[object],
+    answers: list[str],
+    excluded: str = "(null)",
+    prologue: str = "",
+    scontrol: str = SCONTROL,
+) -> Ran:
+    """Runs a rendered script whose sruns end with these statuses, and whose job-ends give these answers."""
+    for name, text in (("srun", SRUN), ("python", PYTHON), ("scontrol", scontrol), ("sleep", "#!/bin/bash\n")):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "statuses").write_text("".join(f"{status}\n" for status in statuses))
+    (folder / "answers").write_text("".join(f"{answer}\n" for answer in answers))
+    job = Job(
+        kind="train",
+        name="a run",
+        run_dir=folder / "a run",
+        number=1,
+        workdir=folder,
+        python=str(folder / "python"),
+        command=("train", "config.yaml"),
+    )
+    script = folder / "train.sbatch"
+    script.write_text(render_script(job, ClusterConfig(max_restarts=4, restart_seconds=20, prologue=prologue)))
+    notes = folder / "notes"
+    notes.touch()
+    environment = {
+        "PATH": f"{folder}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+        "NOTES": str(notes),
+        "STATUSES": str(folder / "statuses"),
+        "ANSWERS": str(folder / "answers"),
+        "EXCLUDED": excluded,
+    }
+    done = subprocess.run(
+        ["bash", str(script)], env=environment, cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    lines = [line.partition(" at ")[0] for line in notes.read_text().splitlines()]
+    return Ran(done.returncode, lines, done.stdout + done.stderr)
+
+
+def test_ranks_start_again_in_the_allocation_until_the_job_is_to_end(tmp_path: Path) -> None:
+    ran = run_script(tmp_path, statuses=[137, 1, 0], answers=["again 0", "again 0", "end 0"])
+    assert ran.status == 0, ran.log
+    asked = [ASKED.format(status) for status in (137, 1, 0)]
+    assert ran.notes == ["srun", asked[0], "srun", asked[1], "srun", asked[2]]
+    assert "=== srun ended with status 137; next: again 0" in ran.log
+
+
+@pytest.mark.parametrize(("excluded", "update"), [("(null)", "ExcNodeList=n2,n3"), ("n9", "ExcNodeList=n2,n3,n9")])
+def test_a_requeue_leaves_out_the_bad_nodes_beside_those_left_out_before(
+    tmp_path: Path, excluded: str, update: str
+) -> None:
+    ran = run_script(tmp_path, statuses=[2], answers=["requeue 0 n2,n3"], excluded=excluded)
+    assert ran.status == 75, ran.log
+    assert ran.notes[2:] == ["scontrol requeue 7", f"scontrol update JobId=7 {update}"]
+
+
+def test_a_signal_that_the_time_is_up_makes_a_requeue_of_a_restart(tmp_path: Path) -> None:
+    ran = run_script(tmp_path, statuses=["told"], answers=["again 300"])
+    assert ran.status == 75, ran.log
+    # It reaches srun too, which may end of it before it ends by itself.
+    assert ran.notes[1] in [ASKED.format(status) for status in (75, 138)]
+    assert (ran.notes[0], ran.notes[2:]) == ("srun", ["scontrol requeue 7"])
+
+
+@pytest.mark.parametrize(("answers", "status"), [(["end 2"], 2), ([], 137)])
+def test_the_job_ends_as_it_is_told_or_with_sruns_status_where_nobody_tells(
+    tmp_path: Path, answers: list[str], status: int
+) -> None:
+    ran = run_script(tmp_path, statuses=[137], answers=answers)
+    assert (ran.status, ran.notes) == (status, ["srun", ASKED.format(137)]), ran.log
+
+
+@pytest.mark.parametrize("status", [75, 138])
+def test_a_studys_run_that_was_stopped_is_requeued_alone(tmp_path: Path, status: int) -> None:
+    """SLURM_JOB_ID of an array's last task is the number of the whole array."""
+    job = Job(
+        kind="study",
+        name="a study",
+        run_dir=tmp_path,
+        number=1,
+        workdir=tmp_path,
+        python=str(tmp_path / "python"),
+        command=("study", "study.yaml", "--only"),
+        alone=True,
+        array="1-2",
+        runs=("first", "second"),
+    )
+    for name, text in (("python", f"exit {status}"), ("scontrol", f'echo "$*" >>{tmp_path}/notes'), ("sleep", "exit")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    script = render_script(job, ClusterConfig())
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, (tmp_path / "notes").read_text()) == (75, "requeue 7_2\n"), done.stderr
+
+
+def test_a_signal_during_the_prologue_does_not_end_the_job_but_has_it_requeued(tmp_path: Path) -> None:
+    ran = run_script(tmp_path, statuses=[0], answers=["again 300"], prologue="kill -USR1 $$")
+    assert (ran.status, ran.notes[-1]) == (75, "scontrol requeue 7"), ran.log
+
+
+@pytest.mark.parametrize(
+    ("first", "asked", "status"),
+    [("is DOWN", ["requeue 7", "ping", "requeue 7"], 75), ("is UP", ["requeue 7", "ping", "requeue 7"], 1)],
+)
+def test_a_controller_that_does_not_answer_is_asked_again_and_one_that_says_no_is_not(
+    tmp_path: Path, first: str, asked: list[str], status: int
+) -> None:
+    (tmp_path / "answers of slurm").write_text(first)
+    ran = run_script(tmp_path, statuses=[1], answers=["requeue 0"], scontrol=MOODY)
+    assert (ran.status, ran.notes[2:]) == (status, asked), ran.log
