@@ -151,7 +151,7 @@ def test_a_file_of_torch_dist_that_is_missing_is_named(tmp_path):
         (write_litgpt, {"block_size": "x"}),
         (write_litgpt, {"parallel_residual": "x"}),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_settings_of_another_type_or_beyond_their_range_are_refused_in_one_line(write, changes, tmp_path):
     source = write(tmp_path / "source", random_model(), **changes)
