@@ -11,8 +11,6 @@ attempt ended is worked out of all words together, of who is silent, and of the 
 """
 
 import dataclasses
-import os
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from megacl.errors import CheckpointError
+from megacl.holders import job_here
 from megacl.publish import disk_errors, publish_text
 
 Result = Literal[
@@ -117,16 +116,6 @@ class Words:
 
 _Record = TypeVar("_Record", Attempt, Outcome, Words)
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Attempt, Outcome, Words)}
-
-
-def node_here() -> str:
-    """This node, by the name that SLURM has for it."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def job_here() -> tuple[str | None, int]:
-    """SLURM's number of the job that this process belongs to, if any, and how often it was requeued."""
-    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def attempt_folder(run_dir: Path, number: int) -> Path:

@@ -30,8 +30,6 @@ from megacl.attempts import (
     Words,
     attempt_folder,
     begin_attempt,
-    job_here,
-    node_here,
     note_first_step,
     read_words,
     write_outcome,
@@ -47,6 +45,7 @@ from megacl.errors import (
     StoppedError,
     UnhealthyError,
 )
+from megacl.holders import job_here, node_here
 from megacl.parallel.ranks import Ranks
 from megacl.publish import alone_in
 from megacl.stopping import ToldToStop

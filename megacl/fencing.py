@@ -30,6 +30,7 @@ from pathlib import Path
 
 from megacl.errors import DataError, FencedError
 from megacl.holders import Holder, holder_of
+from megacl.job_states import ENDED, WAITING
 from megacl.publish import alone_in, publish_text, sweep_unfinished
 
 FILE = "incarnation.json"
@@ -37,11 +38,6 @@ _PUBLISHED = ("config.yaml", "lineage.json", "metrics.jsonl", FILE)
 """What a run's ranks publish in its directory itself."""
 _SECONDS = 30
 """For which a command of SLURM's may take to answer."""
-_OVER = (
-    "PENDING REQUEUED REQUEUE_HOLD REQUEUE_FED RESV_DEL_HOLD SPECIAL_EXIT REVOKED "
-    "COMPLETED FAILED CANCELLED TIMEOUT DEADLINE PREEMPTED NODE_FAIL BOOT_FAIL OUT_OF_MEMORY"
-)
-"""States of a job in which no process of it has a right to go on."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +256,7 @@ def _job_is_over(job: str) -> bool:
     said, complaint = answer
     if complaint:
         return "Invalid job id" in complaint  # which SLURM has forgotten
-    return all(state in _OVER.split() for state in said.split())
+    return all(state in ENDED | WAITING for state in said.split())  # none of its processes may go on
 
 
 def _restarts(job: str) -> int | None:

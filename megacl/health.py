@@ -19,8 +19,8 @@ from megacl.data.manifest import read_manifest
 from megacl.data.source import Source
 from megacl.data.store import ShardCache
 from megacl.errors import DataError, MegaclError, UnhealthyError
+from megacl.holders import node_here
 from megacl.node import available_memory, code_versions, free_bytes, gpu_problems
-from megacl.parallel.place import this_node
 from megacl.parallel.ranks import Ranks
 
 _CLOCK_LIMIT = 60.0
@@ -95,7 +95,7 @@ def measure(
     import torch
 
     clock, cuda = time.time(), torch.cuda.is_available()
-    node = ranks.nodes[ranks.rank] if ranks.nodes else this_node(os.environ)
+    node = ranks.nodes[ranks.rank] if ranks.nodes else node_here()
     here = [rank for rank, other in enumerate(ranks.nodes) if other == node] or [0]
     problems: list[str] = []
     shared: list[str] = []

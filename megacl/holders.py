@@ -9,6 +9,16 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
+def node_here(environment: Mapping[str, str] = os.environ) -> str:
+    """This machine's name, which in a job is the one that SLURM has for it."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def job_here(environment: Mapping[str, str] = os.environ) -> tuple[str | None, int]:
+    """SLURM's number of the job that this process belongs to, if any, and how often it was requeued."""
+    return environment.get("SLURM_JOB_ID"), int(environment.get("SLURM_RESTART_COUNT") or 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Holder:
     """A process that holds something, as it said of itself."""
@@ -30,13 +40,13 @@ class Holder:
     @staticmethod
     def here(environment: Mapping[str, str] = os.environ) -> "Holder":
         """This process, now."""
-        job = environment.get("SLURM_JOB_ID")
+        job, restart = job_here(environment)
         return Holder(
-            node=(environment.get("SLURMD_NODENAME") if job else None) or socket.gethostname(),
+            node=node_here(environment),
             pid=os.getpid(),
             time=time.time(),
             job=job,
-            restart=int(environment.get("SLURM_RESTART_COUNT", "0")) if job else 0,
+            restart=restart if job else 0,
             step=environment.get("SLURM_STEP_ID") if job else None,
             cluster=environment.get("SLURM_CLUSTER_NAME") if job else None,
         )

@@ -46,6 +46,27 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
+def last_records(path: Path, size: int = 1 << 18) -> list[dict[str, Any]]:
+    """The records in the last bytes of a metrics.jsonl, which may hold gigabytes; some 600 steps by default.
+
+    A torn line, and one that is no record, is passed over; so is a file that is not there or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - size))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return []
+    records = []
+    for line in lines[1:] if end > size else lines:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
 def without_nan(value: Any) -> Any:
     """The value with null in place of every number that is not finite: JSON has none."""
     if isinstance(value, dict):

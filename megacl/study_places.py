@@ -7,13 +7,13 @@ each node is given one run at a time, with all of its allocated CPUs.
 """
 
 import os
-import re
 import signal
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megacl.errors import ConfigError, LaunchError
+from megacl.parallel.place import counts_of, hosts_of
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,17 @@ def _gpus() -> list[str]:
 
 def _nodes(jobs: int | None) -> list[Place]:
     """One place on each node of the SLURM allocation."""
-    command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     try:
-        hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise LaunchError(f"{' '.join(command)}: {error}; a study needs it to find its nodes.") from None
+        hosts = hosts_of(nodes)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LaunchError(f"scontrol show hostnames {nodes}: {error}; a study needs it to find its nodes.") from None
     if jobs is not None and jobs > len(hosts):
         raise ConfigError(f"--jobs is {jobs}, and the allocation has {len(hosts)} nodes, each for one run at a time.")
-    cpus = _cpus_per_node(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1"))
+    listed = os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1")
+    cpus = counts_of(listed)
+    if not cpus:
+        raise LaunchError(f"SLURM_JOB_CPUS_PER_NODE is {listed!r}, which is not a list of counts such as 2(x3),4.")
     return [
         Place(
             launcher=(
@@ -77,14 +80,3 @@ def _nodes(jobs: int | None) -> list[Place]:
         )
         for host, count in list(zip(hosts, cpus * len(hosts), strict=False))[:jobs]
     ]
-
-
-def _cpus_per_node(text: str) -> list[int]:
-    """SLURM's "2(x3),4" as [2, 2, 2, 4]."""
-    counts = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None:
-            raise LaunchError(f"SLURM_JOB_CPUS_PER_NODE is {text!r}, which is not a list of counts such as 2(x3),4.")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megacl.attempts import Attempt, Outcome, Result, Words, read_outcome, read_words, write_outcome
+from megacl.errors import StoppedError
 
 HUNG = 76
 """The exit status of a rank on which nothing moved on."""
-STOPPED = 75
+STOPPED = StoppedError.exit_status
 _EARLY_USR1 = 128 + signal.SIGUSR1
 """Of a command that the signal found before it listened: it had done nothing yet that could be lost."""
 _NAMED = 8

@@ -40,8 +40,6 @@ echo "scancel $*" >>"$(dirname "$0")/asked"
 """
 SQUEUE = """\
 #!/bin/bash
-# Asked for ended jobs too it answers in the other form.
-[[ "$*" == *--states=all* ]] && exec cat "$(dirname "$0")/all.txt"
 cat "$(dirname "$0")/squeue.txt"
 """
 
@@ -57,7 +55,6 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "room").write_text("99")
     (folder / "asked").touch()
     (folder / "squeue.txt").touch()
-    (folder / "all.txt").touch()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     return folder
 
@@ -78,6 +75,15 @@ def chain(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def write(path: Path, steps: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump({"folder": "chain", "steps": steps}, sort_keys=False))
     return path
+
+
+def queue(slurm: Path, told: dict[str, str]) -> None:
+    """What squeue says from now on: a state and a reason, STATE|REASON, by job id."""
+    lines = []
+    for number, said in told.items():
+        state, reason = said.split("|")
+        lines.append("|".join([number, state, getpass.getuser(), "", "N/A", "N/A", "10:00", reason, "x.sbatch"]) + "\n")
+    (slurm / "squeue.txt").write_text("".join(lines))
 
 
 ONE_RANK = ("--cluster", "cpu-test", "cluster.nodes=1", "cluster.tasks_per_node=1")
@@ -118,7 +124,7 @@ def test_each_job_is_queued_behind_those_that_it_waits_for_and_remembered(
     assert "export WHO='it'\\''s'" in script
     assert "#SBATCH --time=10" in Path(own, "0001", "evaluate.sbatch").read_text()
     assert "page: job 105" in out
-    (slurm / "squeue.txt").write_text("77 RUNNING\n104 PENDING\n")
+    queue(slurm, {"101": "COMPLETED|None", "104": "PENDING|Priority"})
     status, _, err = submit(str(chain), *ONE_RANK)
     assert (status, len(err.splitlines())) == (2, 1)
     assert "its job quality.german (104) is pending; wait for it, or `megacl cancel" in err
@@ -128,18 +134,13 @@ def test_status_and_cancel_of_a_chain_are_those_of_all_its_jobs(
     slurm: Path, chain: Path, submit: Submit, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submit(str(chain), *ONE_RANK)
-    who = getpass.getuser()
     told = {
         "101": "COMPLETED|None",
         "102": "PENDING|Priority",
         "103": "FAILED|NonZeroExitCode",
         "105": "PENDING|Dependency",
     }
-    lines = [
-        "|".join([number, state, who, "", "N/A", "N/A", "10:00", reason, "x.sbatch"])
-        for number, (state, reason) in ((number, each.split("|")) for number, each in told.items())
-    ]
-    (slurm / "all.txt").write_text("\n".join(lines) + "\n")
+    queue(slurm, told)
     status, out, _ = command_line(capsys, "status", "chain")
     assert status == 0
     rows = {line.split()[0]: line for line in out.splitlines()[2:7]}

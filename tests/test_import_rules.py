@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megacl"
 
 # A package that stands here as a whole (kernels, parallel, convert, slurm) speaks for the modules inside it.
 LEVELS = [
-    "megacl errors holders publish stopping config config_phase config_data config_checkpoint config_cluster "
-    "configfile "
+    "megacl errors holders job_states publish stopping config config_phase config_data config_checkpoint "
+    "config_cluster configfile "
     "data.__init__ model.__init__ model.config",
     "log node checkpoint_names checkpoint_files tensorfile schedules lineage lineage_text heldout transfer stability "
     "kernels parallel attempts ending fencing verdict watchdog "

@@ -8,13 +8,13 @@ described_ranks([2, 3], node_of_ranks(place))   # "ranks 2-3 (node2)"
 import datetime
 import itertools
 import re
-import socket
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megacl.errors import LaunchError
+from megacl.holders import node_here
 
 _LISTED = 8
 """How many groups of ranks a message names."""
@@ -118,7 +118,7 @@ def _given(environment: Mapping[str, str]) -> Place:
         port=port,
         identity=identity,
         identified=agent is not None,
-        node=this_node(environment),
+        node=node_here(environment),
         agent=agent,
     )
 
@@ -136,19 +136,14 @@ def _of_srun(environment: Mapping[str, str]) -> Place:
         port=int(environment.get("MASTER_PORT") or 10000 + int(job) * 7 % 20000),
         identity=f"job {job}, restart {restart}, step {step}",
         identified=True,
-        node=this_node(environment),
+        node=node_here(environment),
         nodes=nodes,
         tasks=environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", ""),
         distribution=environment.get("SLURM_DISTRIBUTION", "block"),
     )
 
 
-def this_node(environment: Mapping[str, str]) -> str:
-    """The name of this machine, as SLURM knows it where there is SLURM."""
-    return environment.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def _hosts(nodes: str) -> list[str]:
+def hosts_of(nodes: str) -> list[str]:
     """The hosts of SLURM's list; OSError, SubprocessError where scontrol does not say."""
     listed = subprocess.run(
         ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60
@@ -159,7 +154,7 @@ def _hosts(nodes: str) -> list[str]:
 def _first_host(nodes: str) -> str:
     """The node of rank 0."""
     try:
-        return _hosts(nodes)[0]
+        return hosts_of(nodes)[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise LaunchError(
             f"scontrol cannot list the hosts of {nodes!r} ({error}); set MASTER_ADDR to the host of rank 0."
@@ -172,7 +167,7 @@ def _first_host(nodes: str) -> str:
 def node_of_ranks(place: Place) -> list[str | None]:
     """The node of each rank as SLURM has dealt them, [world_size]; None where it does not say."""
     hosts = _known_hosts(place)
-    counts = _counts(place.tasks)
+    counts = counts_of(place.tasks)
     dealt = place.distribution.split(":")[0].split(",")[0].lower()
     if len(counts) != len(hosts) or sum(counts) != place.world_size or dealt not in ("block", "cyclic"):
         return [None] * place.world_size
@@ -209,13 +204,13 @@ def _known_hosts(place: Place) -> list[str]:
     if not place.nodes:
         return []
     try:
-        return _hosts(place.nodes)
+        return hosts_of(place.nodes)
     except (OSError, subprocess.SubprocessError):
         return []
 
 
-def _counts(tasks: str) -> list[int]:
-    """SLURM's "2(x3),1" as [2, 2, 2, 1]."""
+def counts_of(tasks: str) -> list[int]:
+    """SLURM's "2(x3),1" as [2, 2, 2, 1]; empty where it is not such a list."""
     found: list[int] = []
     for part in tasks.split(",") if tasks else []:
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)

@@ -8,6 +8,7 @@ wait for it, and theirs; one that is requeued keeps them waiting. docs/formats.m
 
 import contextlib
 import dataclasses
+import getpass
 import json
 import shlex
 import time
@@ -23,7 +24,7 @@ from megacl.errors import DataError, LaunchError
 from megacl.log import table_text
 from megacl.publish import publish_text
 from megacl.slurm.freeze import alone_with_jobs, freeze, new_job_folder, next_number
-from megacl.slurm.queue import cancel_job, check_sbatch, states_of, submit_script
+from megacl.slurm.queue import cancel_job, check_sbatch, find_jobs, submit_script
 from megacl.slurm.render import Job, render_script
 from megacl.slurm.submit import check_none_queued, python_of, write_job
 
@@ -149,11 +150,13 @@ def check_nothing_queued(folder: Path) -> None:
     """Raises LaunchError, naming one, where jobs of an earlier submission in the folder wait or run."""
     record = read_record(folder) or {"jobs": {}}
     ids = {job["job_id"]: name for name, job in record["jobs"].items() if job["job_id"] is not None}
-    for job_id, state in states_of(list(ids)).items():
-        raise LaunchError(
-            f"{folder}: its job {ids[job_id]} ({job_id}) is {state.lower()}; wait for it, or `megacl cancel {folder}` "
-            "ends all that is left of it."
-        )
+    for job in find_jobs(ids):
+        if job.user == getpass.getuser() and not job.ended:  # SLURM counts on from 1 again some day
+            number = job.job_id.partition("_")[0]
+            raise LaunchError(
+                f"{folder}: its job {ids[number]} ({number}) is {job.state.lower()}; wait for it, or "
+                f"`megacl cancel {folder}` ends all that is left of it."
+            )
 
 
 def queue_all(folder: Path, parts: Sequence[Part], record: Record) -> dict[str, tuple[Job, str]]:

@@ -7,7 +7,6 @@ the ranks have left in the run directory (attempts.py); the status says more onl
 """
 
 import dataclasses
-import json
 import os
 import re
 from pathlib import Path
@@ -16,19 +15,18 @@ from megacl.attempts import (
     Attempt,
     Outcome,
     begin_attempt,
-    job_here,
     read_attempts,
     read_outcome,
     write_outcome,
 )
 from megacl.errors import CheckpointError
+from megacl.holders import job_here
+from megacl.log import last_records
 from megacl.slurm.restarts import Decision, Ended, decide
 from megacl.verdict import conclude, verdict
 
 _SLACK = 2.0
 """Seconds by which the clock of a rank's node may be behind that of the script's, which is rank 0's."""
-_TAIL = 1 << 16
-"""Bytes at the end of metrics.jsonl, which hold its last step."""
 
 
 def end_attempt(
@@ -93,17 +91,5 @@ def _no_end(attempt: Attempt) -> Outcome:
 
 def _recorded_step(run_dir: Path) -> int | None:
     """The last step that metrics.jsonl has, if there is one."""
-    try:
-        with open(run_dir / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record.get("kind") == "step":
-            return int(record["step"])
-    return None
+    steps = [record["step"] for record in last_records(run_dir / "metrics.jsonl") if record.get("kind") == "step"]
+    return int(steps[-1]) if steps else None

@@ -5,9 +5,7 @@ progress.step, progress.steps, progress.loss
 """
 
 import contextlib
-import json
 import math
-import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,8 @@ from megacl.config import RunConfig
 from megacl.configfile import load
 from megacl.errors import MegaclError
 from megacl.lineage import load_lineage
+from megacl.log import last_records
 
-_TAIL = 1 << 18
-"""Bytes of metrics.jsonl that are read: some 600 steps. It may hold gigabytes."""
 _RECENT = 100
 """Steps over which speed is measured."""
 
@@ -61,7 +58,7 @@ def read_progress(run_dir: Path, *, since: float = 0.0) -> Progress:
 
     Files that are missing or cannot be read leave out what they would say.
     """
-    steps = [record for record in _tail(run_dir / "metrics.jsonl") if record.get("kind") == "step"]
+    steps = [record for record in last_records(run_dir / "metrics.jsonl") if record.get("kind") == "step"]
     last = steps[-1] if steps else {}
     recent = [record for record in steps[-_RECENT:] if record.get("time", 0.0) >= since] or steps[-_RECENT:]
     saved = list_checkpoints(run_dir)
@@ -79,24 +76,6 @@ def read_progress(run_dir: Path, *, since: float = 0.0) -> Progress:
         checkpoint=saved[-1] if saved else None,
         checkpoint_step=done,
     )
-
-
-def _tail(path: Path) -> list[dict[str, Any]]:
-    """The last records of a file of JSON lines. A torn line, and one that is no record, is passed over."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return []
-    records = []
-    for line in lines[1:] if size > _TAIL else lines:
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
-    return records
 
 
 def _pace(records: list[dict[str, Any]]) -> float | None:

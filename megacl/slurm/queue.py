@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megacl.errors import LaunchError
+from megacl.job_states import ENDED, WAITING
 
 _OF_A_JOB = re.compile(r"SLURM_(?!CONF$|CLUSTERS$)|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
 """Variables of a job, or of ranks, that may be around who submits: another job must not take them for its own."""
@@ -37,24 +38,6 @@ def submit_script(script: Path, *, options: Sequence[str] = ()) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def states_of(job_ids: Sequence[str]) -> dict[str, str]:
-    """PENDING, RUNNING, ... of those of the jobs that wait or run. Raises LaunchError where SLURM does not answer."""
-    if not job_ids:
-        return {}
-    # Asked for an id that it has forgotten, squeue fails; asked for all of a user's, it does not.
-    command = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%F %T"]  # %F: of an array's task, the array's
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise LaunchError(f"squeue does not say what is queued: {' '.join(done.stderr.split())}")
-    found = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    return {job_id: found[job_id] for job_id in job_ids if job_id in found}
-
-
-_ENDED = (
-    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL"),
-    *("DEADLINE", "REVOKED"),
-)
-_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 _FORMAT = "%i|%T|%u|%N|%S|%e|%L|%r|%o"
 """Of squeue. Reasons may hold anything but |, and the script's path stands last, since it may hold that too."""
 
@@ -84,12 +67,12 @@ class QueuedJob:
     @property
     def ended(self) -> bool:
         """Whether it is over, and only remembered for some minutes more."""
-        return self.state in _ENDED
+        return self.state in ENDED
 
     @property
     def waiting(self) -> bool:
         """Whether it has no nodes yet, or not any more."""
-        return self.state in _WAITING
+        return self.state in WAITING
 
 
 def find_jobs(job_ids: Iterable[str]) -> list[QueuedJob]:

@@ -16,7 +16,8 @@ import pytest
 from conftest import Prepared
 from runs import losses, metrics
 
-from megacl.attempts import node_here, read_attempts, read_outcome, read_words
+from megacl.attempts import read_attempts, read_outcome, read_words
+from megacl.holders import node_here
 
 pytestmark = pytest.mark.long
 
