@@ -72,6 +72,11 @@ def copied_by_saves(config: RunConfig, ranks: int) -> int:
     return 4 * tensors * count_parameters(config.model) // ranks
 
 
+def host_of_rank(config: RunConfig, estimate: MemoryEstimate, ranks: int, device: Device) -> int:
+    """Bytes of a node's memory that a rank takes: its copies of saves, and what no GPU holds."""
+    return copied_by_saves(config, ranks) + (estimate.host if device == "cuda" else estimate.peak.total)
+
+
 def _memory_of(device: Device) -> int | None:
     """Bytes that the device has, or None where there is none here."""
     if device == "cuda":

@@ -47,7 +47,7 @@ from megacl.plan import (
     peak_of,
     schedule_of,
 )
-from megacl.plan_memory import copied_by_saves, largest_phase
+from megacl.plan_memory import copied_by_saves, host_of_rank, largest_phase
 from megacl.publish import publish_text
 from megacl.records import record_evaluation, record_step
 from megacl.resume import Found, check_no_data, find_inputs, find_origin, open_sources
@@ -163,11 +163,10 @@ def _check_health(found: Found, ranks: Ranks, run_dir: Path) -> str:
     """What the nodes have for this run, in a line; UnhealthyError where one has too little, or is not as the others."""
     config, inputs, device = found.config, found.inputs, device_here()
     _, estimate = largest_phase(config, ranks.world_size, device)
-    copied, peak = copied_by_saves(config, ranks.world_size), estimate.peak.total
     needs = Needs(
         checkpoint=copied_by_saves(config, 1),
-        host=copied + (estimate.host if device == "cuda" else peak),
-        device=peak if device == "cuda" else 0,
+        host=host_of_rank(config, estimate, ranks.world_size, device),
+        device=estimate.peak.total if device == "cuda" else 0,
         cached=sum(int(each.train.sizes.sum() + each.validation.sizes.sum()) for each in inputs.opened if each.cached),
     )
     return check_health(ranks, needs, run_dir=run_dir, cache=inputs.cache, sources=inputs.opened)

@@ -18,7 +18,7 @@ from megacl.errors import ConfigError, DataError
 from megacl.log import read_metrics
 from megacl.model.gpt import flops_per_token
 from megacl.plan import check_batches, check_ranks, plan_text
-from megacl.plan_memory import Machine, copied_by_saves, largest_phase
+from megacl.plan_memory import Machine, host_of_rank, largest_phase
 
 _MEASURED_STEPS = 50
 _EARLY = 60
@@ -115,9 +115,9 @@ def _check_memory(config: RunConfig, cluster: ClusterConfig) -> None:
     """Raises ConfigError where a step needs more than the cluster file says there is. Files may say nothing."""
     ranks, device = _ranks(cluster), _device(cluster)
     phase, estimate = largest_phase(config, ranks, device)
-    copied, needed = copied_by_saves(config, ranks), estimate.peak.total
+    needed = estimate.peak.total
     has = _memory_of_rank(cluster)
-    on_node = cluster.ranks_per_node * (copied + (estimate.host if device == "cuda" else needed))
+    on_node = cluster.ranks_per_node * host_of_rank(config, estimate, ranks, device)
     if device == "cuda" and has is not None and needed > has:
         raise ConfigError(
             f"phase {phase!r} takes {needed / 1e9:.1f} GB on each of {ranks} GPUs, and cluster.gpu_memory is "

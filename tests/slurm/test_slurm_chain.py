@@ -14,16 +14,14 @@ from conftest import Prepared
 from runs import command_line, losses
 from safetensors.numpy import load_file
 from slurm_cluster import Cluster, need_programs
+from small_run import ENVIRONMENT, ONE_RANK
 from studies import study_of, write_study
 
 from megacl.configfile import from_tree
+from megacl.job_states import ENDED
 from megacl.trainer import train
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 600  # ten jobs on a busy machine
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
-ONE_RANK = ("cluster.nodes=1", "cluster.tasks_per_node=1")
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
 

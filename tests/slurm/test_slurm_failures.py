@@ -1,42 +1,32 @@
 """What becomes of a job whose ranks are killed, hang, fail or run out of time, on a real cluster of two nodes."""
 
-import json
 import os
-import random
-import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from slurm_cluster import Cluster, Job, need_programs
+from slurm_cluster import Cluster, need_programs
+from small_run import (
+    DEEPSPEED,
+    ENVIRONMENT,
+    ROOT,
+    TIMEOUT,
+    log_of,
+    step_records,
+    steps_and_losses,
+    submit,
+    train,
+    write_run,
+)
 
 from megacl.attempts import read_attempts, read_outcome
 from megacl.lineage import load_lineage
 
-ROOT = Path(__file__).parents[2]
 STEPS = 160
-TIMEOUT = 480
 NODES = ("127.0.1.1", "127.0.1.2")
-CONFIG = """\
-run_dir: run
-tokenizer:
-  path: data/tokenizer.model
-  train: {{documents: [documents.jsonl], vocab_size: 300}}
-sources:
-  words: {{path: data/words, documents: [documents.jsonl], validation: 0.3}}
-model: {{vocab_size: 512, hidden_size: 32, num_layers: 2, num_attention_heads: 2}}
-seq_length: 32
-global_batch_size: 8
-phases:
-  - {{name: words, mixture: {{words: 1}}, steps: {steps}, schedule: {{kind: constant, max_lr: 1e-3}}}}
-checkpoint: {{every_steps: 5, keep_last: 3}}
-evaluation: {{sequences: 4}}
-"""
 # Python runs it at its start where PYTHONPATH leads to it: what FAULT says happens on rank 1, as often as FAULT has
 # lines, in an attempt each. A thread waits for the engine to be imported, which is seconds before its first step.
 FAULTS = """\
@@ -82,21 +72,11 @@ def cluster() -> Iterator[Cluster]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with documents, their prepared shards, a configuration, and the run `native` of one rank."""
     folder = tmp_path_factory.mktemp("failures")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
-    documents = [" ".join(draw.choices(words, k=200)) for _ in range(120)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    (folder / "run.yaml").write_text(CONFIG.format(steps=STEPS))
+    write_run(folder, steps=STEPS, checkpoint={"every_steps": 5, "keep_last": 3})
+    train(folder, "run.yaml", "run_dir=native")
     (folder / "faulty").mkdir()
     (folder / "faulty" / "sitecustomize.py").write_text(FAULTS)
-    command = [sys.executable, "-m", "megacl", "train", "run.yaml", "run_dir=native"]
-    done = subprocess.run(command, cwd=folder, env=os.environ | environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     return folder
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **more}
 
 
 class Run:
@@ -106,49 +86,33 @@ class Run:
         self.cluster, self.folder, self.run_dir = cluster, folder, folder / name
         (folder / f"{name}.faults").write_text(faults) if faults else None
         paths = f"{ROOT}:{folder / 'faulty'}" if faults else str(ROOT)
-        command = [sys.executable, "-m", "megacl", "submit", "run.yaml", f"run_dir={name}", "--cluster", "cpu-test"]
-        command += ["engine.kind=deepspeed", "engine.zero_stage=1", "cluster.tasks_per_node=1"]
-        command += ["cluster.restart_seconds=0", *settings]
-        said = cluster.run(
-            *command,
-            environment=environment(PYTHONPATH=paths, FAULTS=str(folder / f"{name}.faults")),
-            cwd=folder,
-            timeout=TIMEOUT,
+        self.job = submit(
+            *(cluster, folder, "run.yaml", f"run_dir={name}", *DEEPSPEED, "cluster.tasks_per_node=1"),
+            *("cluster.restart_seconds=0", *settings),
+            environment=ENVIRONMENT | {"PYTHONPATH": paths, "FAULTS": str(folder / f"{name}.faults")},
         )
-        found = re.search(r"^job (\d+):", said, re.MULTILINE)
-        assert found is not None, said
-        self.job = Job(cluster, found[1], folder)
 
     @property
     def log(self) -> str:
-        path = self.run_dir / "logs" / f"{self.job.number}.log"
-        return path.read_text() if path.exists() else ""
+        return log_of(self.run_dir)
 
     def reach(self, step: int) -> None:
         """Returns once so many steps are done."""
-        self.job.wait_until(lambda: len(losses(self.run_dir)) >= step, timeout=TIMEOUT)
+        self.job.wait_until(lambda: len(step_records(self.run_dir)) >= step, timeout=2 * TIMEOUT)
 
     def end(self) -> tuple[str, str, int]:
         """The job's state, exit code and restarts by SLURM, once it has ended."""
-        state = self.job.wait_for_end(timeout=TIMEOUT)
+        state = self.job.wait_for_end(timeout=2 * TIMEOUT)
         return state.name, state.exit_code, state.restarts
 
     def assert_undisturbed(self) -> None:
         """It has seen the samples of the run of one rank, each once, and has its losses."""
         native = self.folder / "native"
-        steps, values = zip(*losses(self.run_dir), strict=True)
-        assert steps == tuple(range(1, STEPS + 1))
-        np.testing.assert_allclose(values, [loss for _, loss in losses(native)], rtol=1e-5)
+        steps, losses = steps_and_losses(self.run_dir)
+        assert steps == list(range(1, STEPS + 1))
+        np.testing.assert_allclose(losses, steps_and_losses(native)[1], rtol=1e-5)
         mine, its = load_lineage(self.run_dir).phases[0], load_lineage(native).phases[0]
         assert (mine.samples, mine.passed_over, mine.sources) == (its.samples, its.passed_over, its.sources)
-
-
-def losses(run_dir: Path) -> list[tuple[int, float]]:
-    """(step, loss) of each step record, as they stand in the file."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [(record["step"], record["loss"]) for record in records if record["kind"] == "step"]
 
 
 def test_a_killed_rank_is_named_and_the_job_goes_on_in_its_allocation(cluster: Cluster, folder: Path) -> None:
@@ -210,7 +174,7 @@ def test_a_job_at_its_time_limit_saves_requeues_and_finishes(cluster: Cluster, f
     # does every 30 seconds, and the run takes three times as long.
     minutes = int(time.monotonic() - began) // 60 + 2
     cluster.run("scontrol", "update", f"JobId={run.job.number}", f"TimeLimit={minutes}")
-    run.job.wait_until(lambda: run.job.state().restarts == 1, timeout=TIMEOUT)
+    run.job.wait_until(lambda: run.job.state().restarts == 1, timeout=2 * TIMEOUT)
     cluster.run("scontrol", "update", f"JobId={run.job.number}", "TimeLimit=10")
     assert run.end() == ("COMPLETED", "0:0", 1), run.log
     first = read_outcome(run.run_dir, 1)
@@ -226,7 +190,7 @@ def test_a_cancelled_job_saves_what_it_has_and_ends(cluster: Cluster, folder: Pa
     cluster.run("scancel", run.job.number)
     assert run.end()[0] == "CANCELLED", run.log
     run_dir = run.run_dir
-    run.job.wait_for_end(timeout=TIMEOUT)
+    run.job.wait_for_end(timeout=2 * TIMEOUT)
     last = read_outcome(run_dir)
     assert last is not None, run.log
     assert (last.outcome, last.exit_status) == ("stopped", 75)

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import Prepared
 from slurm_cluster import PATH, Cluster, Job, need_programs
+from small_run import ENVIRONMENT, TIMEOUT
 
 from megacl.attempts import read_attempts
 from tests.runs import losses
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 240
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 SCRIPT = """\
 #!/bin/bash
 # One node has more ranks than processors: two jobs fit on it.

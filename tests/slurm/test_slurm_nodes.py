@@ -3,39 +3,30 @@
 import contextlib
 import json
 import os
-import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from slurm_cluster import Cluster, Job, need_programs
+from slurm_cluster import Cluster, Job, JobState, need_programs
+from small_run import (
+    DEEPSPEED,
+    ENVIRONMENT,
+    ONE_RANK,
+    TIMEOUT,
+    log_of,
+    step_records,
+    steps_and_losses,
+    submit,
+    train,
+    write_run,
+)
 
-ROOT = Path(__file__).parents[2]
 STEPS = 400
-TIMEOUT = 240
-CONFIG = """\
-run_dir: run
-tokenizer:
-  path: data/tokenizer.model
-  train: {{documents: [documents.jsonl], vocab_size: 300}}
-sources:
-  words: {{path: data/words, documents: [documents.jsonl], validation: 0.3}}
-model: {{vocab_size: 512, hidden_size: 32, num_layers: 2, num_attention_heads: 2}}
-seq_length: 32
-global_batch_size: 8
-phases:
-  - {{name: words, mixture: {{words: 1}}, steps: {steps}, schedule: {{kind: constant, max_lr: 1e-3}}}}
-evaluation: {{sequences: 4}}
-checkpoint: {{every_steps: 20, keep_last: 2}}
-"""
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-DEEPSPEED = ("engine.kind=deepspeed", "engine.zero_stage=1")
+FILE = "settings.yaml"
 
 pytestmark = pytest.mark.long
 
@@ -52,45 +43,16 @@ def cluster() -> Iterator[Cluster]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with documents, their prepared shards, a configuration, and the undisturbed run `whole` of one rank."""
     folder = tmp_path_factory.mktemp("a folder")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
-    documents = [" ".join(draw.choices(words, k=200)) for _ in range(120)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    (folder / "settings.yaml").write_text(CONFIG.format(steps=STEPS))
-    command = [sys.executable, "-m", "megacl", "train", "settings.yaml", "run_dir=whole"]
-    done = subprocess.run(command, cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    write_run(folder, FILE, steps=STEPS, checkpoint={"every_steps": 20, "keep_last": 2})
+    train(folder, FILE, "run_dir=whole")
     return folder
 
 
-def submit(cluster: Cluster, folder: Path, *arguments: str) -> Job:
-    command = [sys.executable, "-m", "megacl", "submit", "settings.yaml", "--cluster", "cpu-test", *arguments]
-    said = cluster.run(*command, environment=ENVIRONMENT, cwd=folder)
-    found = re.search(r"^job (\d+):", said, re.MULTILINE)
-    assert found is not None, said
-    return Job(cluster, found[1], folder)
-
-
-def log_of(run_dir: Path) -> str:
-    return "\n".join(path.read_text(errors="replace") for path in sorted((run_dir / "logs").glob("*")))
-
-
-def steps(run_dir: Path) -> list[dict[str, float]]:
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # it is being written
-            found.append(json.loads(line))
-    return [record for record in found if record["kind"] == "step"]
-
-
-def assert_same_run(run_dir: Path, expected: Path, *, steps_of: int = STEPS) -> None:
+def assert_same_run(run_dir: Path, expected: Path) -> None:
     """Each step once, with the losses of the other run, and of the data the same samples."""
-    found, wanted = steps(run_dir), steps(expected)
-    assert [record["step"] for record in found] == list(range(1, steps_of + 1))
-    losses = [[record["loss"] for record in records] for records in (found, wanted)]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    steps, losses = steps_and_losses(run_dir)
+    assert steps == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(losses, steps_and_losses(expected)[1], rtol=1e-5)
     assert phases(run_dir) == phases(expected)
 
 
@@ -124,11 +86,10 @@ def environment_of(process: int) -> dict[str, str]:
     return dict(entry.partition("=")[::2] for entry in content.split("\0"))
 
 
-def test_a_lost_node_whose_task_goes_on_publishes_nothing_once_the_requeued_job_has_the_run(cluster, folder):
-    run_dir = folder / "lost node"
-    job = submit(cluster, folder, "run_dir=lost node", "cluster.nodes=1", "cluster.tasks_per_node=1")
-    job.wait_until(lambda: len(steps(run_dir)) >= 50, timeout=TIMEOUT)
-    old = job.task(rank=0)
+def lose_node(cluster: Cluster, job: Job, run_dir: Path, *, rank: int) -> tuple[str, JobState]:
+    """SLURM loses a rank's node, whose task goes on; returns the node, and how the requeued job ended."""
+    job.wait_until(lambda: len(step_records(run_dir)) >= 50, timeout=TIMEOUT)
+    old = job.task(rank=rank)
     node = environment_of(old)["SLURMD_NODENAME"]
     try:
         os.kill(old, signal.SIGSTOP)  # so that it is in mid-step, on a quick machine too, when the next one begins
@@ -139,17 +100,21 @@ def test_a_lost_node_whose_task_goes_on_publishes_nothing_once_the_requeued_job_
         assert is_running(old)
         os.kill(old, signal.SIGCONT)
         wait_for(lambda: not is_running(old), lambda: f"the lost node's task does not end\n{log_of(run_dir)}")
-        state = job.wait_for_end(timeout=TIMEOUT)
+        return node, job.wait_for_end(timeout=TIMEOUT)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(old, signal.SIGKILL)
-    log = log_of(run_dir)
-    assert (state.name, state.exit_code, state.restarts) == ("COMPLETED", "0:0", 1), log
+
+
+def test_a_lost_node_whose_task_goes_on_publishes_nothing_once_the_requeued_job_has_the_run(cluster, folder):
+    run_dir = folder / "lost node"
+    job = submit(cluster, folder, FILE, "run_dir=lost node", *ONE_RANK)
+    node, state = lose_node(cluster, job, run_dir, rank=0)
+    assert (state.name, state.exit_code, state.restarts) == ("COMPLETED", "0:0", 1), log_of(run_dir)
     other = "127.0.1.2" if node == "127.0.1.1" else "127.0.1.1"
     assert incarnation(run_dir)["node"] == other
-    said = json.loads(
-        (run_dir / "attempts" / "0001" / "outcome.json").read_text()
-    )  # nobody reads its terminal any more
+    # Nobody reads its terminal any more.
+    said = json.loads((run_dir / "attempts" / "0001" / "outcome.json").read_text())
     assert said["outcome"] == "fenced"
     assert said["message"].startswith(f"fenced: incarnation 2, job {job.number} (restart 1) on {other},")
     assert json.loads((run_dir / "outcome.json").read_text())["outcome"] == "done"
@@ -158,22 +123,8 @@ def test_a_lost_node_whose_task_goes_on_publishes_nothing_once_the_requeued_job_
 
 def test_a_run_on_two_nodes_goes_on_with_one_when_the_other_is_lost(cluster, folder):
     run_dir = folder / "fewer nodes"
-    job = submit(cluster, folder, "run_dir=fewer nodes", *DEEPSPEED, "cluster.nodes=1-2")
-    job.wait_until(lambda: len(steps(run_dir)) >= 50, timeout=TIMEOUT)
-    old = job.task(rank=3)
-    node = environment_of(old)["SLURMD_NODENAME"]
-    try:
-        os.kill(old, signal.SIGSTOP)  # so that the run does not end before SLURM gives the node up
-        cluster.kill_daemon(node)
-        job.wait_until(lambda: job.state().restarts == 1, timeout=TIMEOUT)
-        assert is_running(old)
-        job.wait_until(lambda: incarnation(run_dir)["number"] == 2, timeout=TIMEOUT)
-        os.kill(old, signal.SIGCONT)
-        wait_for(lambda: not is_running(old), lambda: f"the lost node's task does not end\n{log_of(run_dir)}")
-        state = job.wait_for_end(timeout=TIMEOUT)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(old, signal.SIGKILL)
+    job = submit(cluster, folder, FILE, "run_dir=fewer nodes", *DEEPSPEED, "cluster.nodes=1-2")
+    _, state = lose_node(cluster, job, run_dir, rank=3)
     log = log_of(run_dir)
     assert (state.name, state.exit_code, state.restarts) == ("COMPLETED", "0:0", 1), log
     assert "4 rank(s)" in log
@@ -183,8 +134,8 @@ def test_a_run_on_two_nodes_goes_on_with_one_when_the_other_is_lost(cluster, fol
 
 def test_a_second_run_on_the_same_directory_is_refused_and_the_first_one_goes_on(cluster, folder):
     run_dir = folder / "twice"
-    job = submit(cluster, folder, "run_dir=twice", "cluster.nodes=1", "cluster.tasks_per_node=1")
-    job.wait_until(lambda: len(steps(run_dir)) >= 20, timeout=TIMEOUT)
+    job = submit(cluster, folder, FILE, "run_dir=twice", *ONE_RANK)
+    job.wait_until(lambda: len(step_records(run_dir)) >= 20, timeout=TIMEOUT)
     first = job.task(rank=0)
     os.kill(first, signal.SIGSTOP)  # so that it is there all the time
     try:

@@ -1,9 +1,6 @@
 """`megacl status`, `cancel` and `logs` on a real cluster: runs that wait, train, are cancelled, end, are forgotten."""
 
 import json
-import os
-import random
-import re
 import signal
 import subprocess
 import sys
@@ -14,26 +11,7 @@ from typing import Any
 
 import pytest
 from slurm_cluster import Cluster, Job, need_programs
-
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 240
-CONFIG = """\
-run_dir: run
-tokenizer:
-  path: data/tokenizer.model
-  train: {documents: [documents.jsonl], vocab_size: 300}
-sources:
-  words: {path: data/words, documents: [documents.jsonl], validation: 0.3}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_attention_heads: 2}
-seq_length: 32
-global_batch_size: 8
-phases:
-  - {name: words, mixture: {words: 1}, steps: 1000000, schedule: {kind: constant, max_lr: 1e-3}}
-evaluation: {sequences: 4, every_steps: null}
-logging: {every_steps: 1}
-"""
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-ONE_RANK = ("cluster.nodes=1", "cluster.tasks_per_node=1", "cluster.time=60")
+from small_run import DEEPSPEED, ENVIRONMENT, ONE_RANK, TIMEOUT, submit, train, write_run
 
 pytestmark = pytest.mark.long
 
@@ -49,15 +27,9 @@ def cluster() -> Iterator[Cluster]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a configuration of 1,000,000 steps and its prepared data."""
     folder = tmp_path_factory.mktemp("a folder")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
-    documents = [" ".join(draw.choices(words, k=200)) for _ in range(120)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    (folder / "run.yaml").write_text(CONFIG)
-    one_step = ["phases.0.steps=1", "run_dir=prepares"]
-    command = [sys.executable, "-m", "megacl", "train", "run.yaml", *one_step]
-    done = subprocess.run(command, cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    endless = {"evaluation": {"sequences": 4, "every_steps": None}, "logging": {"every_steps": 1}}
+    write_run(folder, steps=1_000_000, **endless)
+    train(folder, "run.yaml", "phases.0.steps=1", "run_dir=prepares")
     return folder
 
 
@@ -78,10 +50,7 @@ class Here:
         return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=pipe, stderr=pipe, text=True)
 
     def submit(self, run_dir: str, *arguments: str) -> Job:
-        said = self.megacl("submit", "run.yaml", f"run_dir={run_dir}", "--cluster", "cpu-test", *arguments)
-        found = re.search(r"^job (\d+):", said, re.MULTILINE)
-        assert found is not None, said
-        return Job(self.cluster, found[1], self.folder)
+        return submit(self.cluster, self.folder, "run.yaml", f"run_dir={run_dir}", "cluster.time=60", *arguments)
 
     def status(self, run_dir: str) -> Any:
         (found,) = json.loads(self.megacl("status", run_dir, "--json"))
@@ -126,8 +95,7 @@ def test_a_run_that_trains_is_followed_and_cancelled_with_all_its_steps_saved(he
     _, said = follower.communicate(timeout=TIMEOUT)
     assert (follower.returncode, said) == (2, "DataError: trains: no such folder; name a run's run_dir.\n")
 
-    deepspeed = ("engine.kind=deepspeed", "engine.zero_stage=1", "cluster.tasks_per_node=1", "cluster.time=60")
-    job = here.submit("trains", *deepspeed)
+    job = here.submit("trains", *DEEPSPEED, "cluster.tasks_per_node=1")
     follower = here.start("logs", "trains", "--rank", "0", "--follow")
     quiet = here.start("logs", "trains", "--follow")
     found = here.wait_for("trains", lambda found: found["state"] == "running" and found["step"] > 3)

@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 from conftest import Prepared
 from slurm_cluster import Cluster, Job, need_programs
+from small_run import ENVIRONMENT
 from studies import study_of, write_study
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 300
 SCRIPT = """\
 #!/bin/bash
 # The shape of slurm/study.sbatch, which docs/studies.md speaks of, with this Python.
 exec "{python}" -m megacl study "{file}" --out "{out}"
 """
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 pytestmark = pytest.mark.long
 
