@@ -158,7 +158,7 @@ class Cluster:
 
     def _idle_nodes(self) -> int:
         try:
-            return self.run("sinfo", "--noheader", "--Node", "--format=%T").split().count("idle")
+            return self.run("sinfo", "--noheader", "--Node", "--partition=test", "--format=%T").split().count("idle")
         except (AssertionError, subprocess.TimeoutExpired):
             return 0  # slurmctld does not answer yet
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import Prepared
@@ -34,8 +35,8 @@ def cluster() -> Iterator[Cluster]:
 
 
 def submit(cluster: Cluster, folder: Path, *arguments: str) -> str:
-    """What `megacl submit` says; one rank a job."""
-    command = [sys.executable, "-m", "megacl", "submit", *arguments, "--cluster", "cpu-test", *ONE_RANK]
+    """What `megacl submit` says."""
+    command = [sys.executable, "-m", "megacl", "submit", *arguments, "--cluster", "cpu-test"]
     return cluster.run(*command, environment=ENVIRONMENT, cwd=folder, timeout=TIMEOUT)
 
 
@@ -79,7 +80,9 @@ def said_by(folder: Path) -> str:
 
 
 def write_chain(path: Path, steps: dict[str, Any]) -> str:
-    path.write_text(yaml.safe_dump({"folder": "chain", "steps": steps}, sort_keys=False))
+    """Jobs have one rank each where a step does not say otherwise."""
+    one_rank = {"nodes": 1, "tasks_per_node": 1}
+    path.write_text(yaml.safe_dump({"folder": "chain", "cluster": one_rank, "steps": steps}, sort_keys=False))
     return path.name
 
 
@@ -95,7 +98,7 @@ def test_a_chain_whose_array_has_a_failing_task_goes_on_where_it_is_submitted_ag
     whole = broken.read_text()
     broken.write_text("[" + whole[1:])  # of the same size
 
-    tree = prepared.tree(Path("runs/model"), seed=5)
+    tree = prepared.tree(Path("runs/model"), seed=5, engine={"kind": "deepspeed", "zero_stage": 1})
     tree["sources"]["english"]["path"] = "data/english"
     for phase in tree["phases"]:
         phase["schedule"] = {
@@ -117,7 +120,7 @@ def test_a_chain_whose_array_has_a_failing_task_goes_on_where_it_is_submitted_ag
                 "options": held_out,
             }
         },
-        "model": {"train": ["run.yaml"]},
+        "model": {"train": ["run.yaml"], "cluster": {"nodes": 2, "tasks_per_node": 2}},
         "quality": {"evaluate": {"run": "runs/model"}},
         "october": {"release": {"run": "runs/model", "out": "runs/october", "anneal": "1000"}},
         "hf": {"convert": {"source": "runs/october", "out": "exports/october"}},
@@ -143,12 +146,13 @@ def test_a_chain_whose_array_has_a_failing_task_goes_on_where_it_is_submitted_ag
     assert command_line(capsys, *call, *held_out)[0] == 0
     made, expected = ({f.name: f.read_bytes() for f in Path(at).glob("[!.]*")} for at in ("data/english", "alone"))
     assert made == expected
-    tree["run_dir"] = "runs/undisturbed"
-    train(from_tree(tree))
-    assert losses(Path("runs/model")) == losses(Path("runs/undisturbed"))
+    for name in ("model.english", "model.german"):
+        assert "4 rank(s)" in Path(jobs[name]["log"]).read_text()
+    train(from_tree({**tree, "run_dir": "runs/alone", "engine": {"kind": "native"}}))
+    np.testing.assert_allclose(losses(Path("runs/model")), losses(Path("runs/alone")), rtol=1e-5)
     for phase in ("english", "german"):
         found = json.loads(Path(f"runs/model/evaluations/{phase}.json").read_text())
-        _, out, _ = command_line(capsys, "evaluate", f"runs/undisturbed@{phase}", "--json")
+        _, out, _ = command_line(capsys, "evaluate", f"runs/model@{phase}", "--json")
         assert found["sources"] == json.loads(out)["sources"]
     assert command_line(capsys, "convert", "runs/october", "exports/again", "--to", "hf")[0] == 0
     made, expected = (
@@ -194,7 +198,7 @@ def test_the_runs_of_a_study_as_arrays_give_the_results_of_the_study_alone(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", ENVIRONMENT["OMP_NUM_THREADS"])  # results say it
     file = write_study(tmp_path / "study.yaml", study_of(prepared, seeds=[0]))
-    said = submit(cluster, tmp_path, file, "--out", "out", "--at-once", "2")
+    said = submit(cluster, tmp_path, file, "--out", "out", "--at-once", "2", *ONE_RANK)
     assert re.search(r"runs-2 +array 1-2, 2 at a time +runs-1", said), said
     states = wait_for_end(cluster, tmp_path / "out")
     done = "COMPLETED"

@@ -64,7 +64,8 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     need_programs()
-    with Cluster(kill_wait=15) as started:
+    preempting = ("PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE")
+    with Cluster(*preempting, "PartitionName=urgent Nodes=ALL PriorityTier=10", kill_wait=15) as started:
         yield started
 
 
@@ -164,6 +165,37 @@ def test_the_same_failure_at_the_same_step_twice_ends_the_job_and_says_why(clust
     assert (last.outcome, last.exit_status, last.rank, last.node, last.attempt) == ("failed", 1, 1, NODES[1], 2)
     assert "ValueError: a fault" in last.message
     assert "the same failure at the same step twice, step 3: rank 1" in run.log
+
+
+def test_a_job_that_fails_without_a_new_step_saved_ends_after_so_many_restarts(cluster: Cluster, folder: Path) -> None:
+    run = Run(cluster, folder, "bounded", "cluster.max_restarts=1", faults="fail 4\nfail 3\nfail 2\n")
+    assert run.end() == ("FAILED", "1:0", 0), run.log
+    assert "2 failures in a row without a new step saved; at last: rank 1" in run.log
+    assert len(read_attempts(run.run_dir)) == 2
+
+
+@pytest.mark.parametrize("grace", [60, 0])
+def test_a_job_that_an_urgent_one_takes_the_nodes_of_saves_is_requeued_and_finishes(
+    cluster: Cluster, folder: Path, grace: int
+) -> None:
+    """grace: seconds that SLURM lets it go on; where there are none, those between TERM and KILL are what it has."""
+    cluster.run("scontrol", "update", "PartitionName=test", f"GraceTime={grace}")
+    run = Run(cluster, folder, f"pre-empted {grace}")
+    run.reach(8)
+    (folder / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
+    urgent = cluster.submit(
+        *("--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent.log"),
+        *("urgent.sh",),
+        environment={},
+        cwd=folder,
+    )
+    assert urgent.wait_for_end(timeout=TIMEOUT).name == "COMPLETED"
+    assert run.end() == ("COMPLETED", "0:0", 1), run.log
+    outcome, again = read_outcome(run.run_dir, 1), read_attempts(run.run_dir)[1]
+    assert outcome is not None
+    assert (outcome.outcome, outcome.exit_status) == ("stopped", 75)
+    assert again.step == outcome.step  # nothing was done twice
+    run.assert_undisturbed()
 
 
 def test_a_job_at_its_time_limit_saves_requeues_and_finishes(cluster: Cluster, folder: Path) -> None:

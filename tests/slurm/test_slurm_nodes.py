@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,6 +130,24 @@ def test_a_run_on_two_nodes_goes_on_with_one_when_the_other_is_lost(cluster, fol
     assert (state.name, state.exit_code, state.restarts) == ("COMPLETED", "0:0", 1), log
     assert "4 rank(s)" in log
     assert "2 rank(s)" in log
+    assert_same_run(run_dir, folder / "whole")
+
+
+def test_a_run_that_is_cancelled_and_submitted_again_with_other_nodes_goes_on_where_it_was(cluster, folder):
+    run_dir = folder / "other nodes"
+    first = submit(cluster, folder, FILE, "run_dir=other nodes", *DEEPSPEED, "cluster.nodes=1")
+    first.wait_until(lambda: len(step_records(run_dir)) >= 50, timeout=TIMEOUT)
+    cluster.run(sys.executable, "-m", "megacl", "cancel", "other nodes", environment=ENVIRONMENT, cwd=folder)
+    assert first.state().ended
+    done = len(step_records(run_dir))
+    assert 50 <= done < STEPS
+    second = submit(cluster, folder, FILE, "run_dir=other nodes", *DEEPSPEED, "cluster.nodes=2")
+    state = second.wait_for_end(timeout=TIMEOUT)
+    log = log_of(run_dir)
+    assert (state.name, state.exit_code, state.restarts) == ("COMPLETED", "0:0", 0), log
+    assert "2 rank(s)" in log
+    assert "4 rank(s)" in log
+    assert f"going on at step {done}" in log
     assert_same_run(run_dir, folder / "whole")
 
 
