@@ -17,13 +17,9 @@ With --rounds the model is tiny and a checkpoint is saved every 5 steps, so that
 
 import argparse
 import itertools
-import json
 import os
-import random
-import re
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,19 +30,8 @@ from megacl.attempts import read_attempts, read_outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("until start", "until held", "until step", "lost", "redone")
-CONFIG = """\
-run_dir: run
-tokenizer: {path: tokenizer.model, train: {documents: [documents.jsonl], vocab_size: 300}}
-sources: {words: {path: words, documents: [documents.jsonl], validation: 0.3}}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_attention_heads: 2}
-seq_length: 32
-global_batch_size: 8
-engine: {kind: deepspeed}
-phases: [{name: words, mixture: {words: 1}, steps: 100000, schedule: {kind: constant, max_lr: 1e-3}}]
-checkpoint: {every_steps: 5}
-evaluation: {sequences: 1}
-"""
 TIMEOUT = 300
+"""Seconds."""
 
 
 def restarts(run_dir: Path) -> Iterator[list[float]]:
@@ -75,23 +60,14 @@ def print_table(run_dir: Path) -> None:
 def measure(rounds: int, folder: Path) -> None:
     """Kills a rank of a run on two nodes of a cluster on this machine, `rounds` times, and prints what that cost."""
     sys.path.insert(0, str(ROOT / "tests" / "slurm"))
-    from slurm_cluster import Cluster, Job
+    from slurm_cluster import Cluster
+    from small_run import DEEPSPEED, submit, train, write_run
 
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
-    texts = [" ".join(draw.choices(words, k=200)) for _ in range(120)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (folder / "run.yaml").write_text(CONFIG)
-    megacl = [sys.executable, "-m", "megacl"]
-    prepare = [*megacl, "train", "run.yaml", "run_dir=once", "phases[0].steps=1", "engine.kind=native"]
-    subprocess.run(prepare, cwd=folder, env=os.environ | environment, check=True, stderr=subprocess.DEVNULL)
+    write_run(folder, steps=100_000, checkpoint={"every_steps": 5}, evaluation={"sequences": 1})
+    train(folder, "run.yaml", "run_dir=once", "phases[0].steps=1")  # which prepares the data
     with Cluster() as cluster:
-        command = [*megacl, "submit", "run.yaml", "--cluster", "cpu-test", "cluster.restart_seconds=0"]
-        said = cluster.run(*command, "cluster.tasks_per_node=1", environment=environment, cwd=folder, timeout=TIMEOUT)
-        found = re.search(r"^job (\d+):", said, re.MULTILINE)
-        assert found is not None, said
-        job = Job(cluster, found[1], folder)
+        two_ranks = (*DEEPSPEED, "cluster.tasks_per_node=1", "cluster.restart_seconds=0")
+        job = submit(cluster, folder, "run.yaml", *two_ranks)
         for number in range(1, rounds + 2):
             began = time.monotonic()
 
