@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 # Written last, so that an environment whose making was interrupted is made anew.
 STAMP := $(VENV)/.complete
 
+# Tests run in so many processes; most of them wait for others most of the time.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 # Idle OpenMP threads sleep instead of spinning: tests start several ranks on few cores.
 export OMP_WAIT_POLICY := passive
 
@@ -30,10 +34,10 @@ demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

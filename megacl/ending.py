@@ -46,6 +46,7 @@ from megacl.errors import (
     UnhealthyError,
 )
 from megacl.holders import job_here, node_here
+from megacl.parallel.alive import SignsOfLife
 from megacl.parallel.ranks import Ranks
 from megacl.publish import alone_in
 from megacl.stopping import ToldToStop
@@ -90,12 +91,15 @@ class Ending:
             if ranks.rank == 0:
                 attempt = begin_attempt(self._run_dir, ranks=nodes, step=step, started=_process_start())
         self._attempt, self._rank, self._step = ranks.broadcast(attempt), ranks.rank, step
+        life = SignsOfLife(ranks, every=self.watchdog.seconds / 8)
         # Into a file of this node's: the signal's own code can do no more than write, and a look copies it from there.
         faulthandler.register(signal.SIGUSR2, file=self._spool, all_threads=True)
         try:
-            with self.watchdog.watching(self._hung, self._look, alone=ranks.world_size == 1):
+            alone = ranks.world_size == 1
+            with self.watchdog.watching(self._hung, self._look, others=life.exchange, alone=alone):
                 yield
         finally:
+            life.close()
             self._copy_stacks()
             faulthandler.register(signal.SIGUSR2, file=_STDERR)
 

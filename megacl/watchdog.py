@@ -8,7 +8,7 @@
             ...                         # may take as long as it likes
 
 The time is measured from what moved on last, on each rank by itself. A rank that hangs holds up all others, so `hung`
-is called on all of them.
+is called on all of them. Where it does not count, another rank that gives no sign of life is still missed.
 """
 
 import contextlib
@@ -86,17 +86,26 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watching(
-        self, hung: Callable[[Silence], None], look: Callable[[bool], bool], *, alone: bool = False
+        self,
+        hung: Callable[[Silence], None],
+        look: Callable[[bool], bool],
+        *,
+        others: Callable[[], float] = lambda: 0.0,
+        alone: bool = False,
     ) -> Iterator[None]:
         """A block in which this rank is watched.
 
         hung: called once, by the thread, where nothing moves on. look: called at each look, with whether the silence is
         suspicious; where it says so, `hung` is called before the time is up. An OSError of its own says nothing.
+        others: called at each look too: seconds for which the quietest other rank has given no sign of life. Where the
+        time does not count, `hung` is called for that.
         alone: whether there is no other rank. Then it may be suspended (Ctrl-Z, `scontrol suspend`) for as long as one
         likes: that time does not count. Among several ranks it does, since the others' collectives run out of time.
         """
         ended = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(ended, hung, look, alone), name="watchdog", daemon=True)
+        thread = threading.Thread(
+            target=self._watch, args=(ended, hung, look, others, alone), name="watchdog", daemon=True
+        )
         thread.start()
         try:
             yield
@@ -110,6 +119,7 @@ class Watchdog:
         ended: threading.Event,
         hung: Callable[[Silence], None],
         look: Callable[[bool], bool],
+        others: Callable[[], float],
         alone: bool,
     ) -> None:
         pause = min(_LOOK, self.seconds / 10)
@@ -128,6 +138,9 @@ class Watchdog:
                 silent, heard = self.silent, False
                 with contextlib.suppress(OSError):
                     heard = look(silent > self.seconds / 4)
+                quiet = others()
+                if self._moved is None:
+                    silent = quiet
                 if heard or silent > self._allowed:
                     hung(Silence(silent, stopped))
                     return

@@ -150,13 +150,15 @@ def check_nothing_queued(folder: Path) -> None:
     """Raises LaunchError, naming one, where jobs of an earlier submission in the folder wait or run."""
     record = read_record(folder) or {"jobs": {}}
     ids = {job["job_id"]: name for name, job in record["jobs"].items() if job["job_id"] is not None}
-    for job in find_jobs(ids):
-        if job.user == getpass.getuser() and not job.ended:  # SLURM counts on from 1 again some day
-            number = job.job_id.partition("_")[0]
-            raise LaunchError(
-                f"{folder}: its job {ids[number]} ({number}) is {job.state.lower()}; wait for it, or "
-                f"`megacl cancel {folder}` ends all that is left of it."
-            )
+    # SLURM counts on from 1 again some day, so that another user's job may have the number of one of these.
+    left = [job for job in find_jobs(ids) if job.user == getpass.getuser() and not job.ended]
+    if left:
+        job = min(left, key=lambda job: job.waiting)
+        number = job.job_id.partition("_")[0]
+        raise LaunchError(
+            f"{folder}: its job {ids[number]} ({number}) is {job.state.lower()}; wait for it, or "
+            f"`megacl cancel {folder}` ends all that is left of it."
+        )
 
 
 def queue_all(folder: Path, parts: Sequence[Part], record: Record) -> dict[str, tuple[Job, str]]:

@@ -34,6 +34,17 @@ if os.environ.get("RANK") == "1":
         return step(self, *arguments, **options)
     base.Engine.step = failing
 """
+# Rank 1 is stopped while the first save is published.
+STOPPER = """
+import os, signal
+if os.environ.get("RANK") == "1":
+    from megacl.saves import Saves
+    published = Saves._published
+    def stopping(self, *arguments, **options):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return published(self, *arguments, **options)
+    Saves._published = stopping
+"""
 
 
 class TwoRanks:
@@ -85,7 +96,7 @@ class TwoRanks:
 
 @pytest.fixture
 def config(prepared: Prepared, tmp_path: Path) -> str:
-    tree = prepared.tree(tmp_path / "run", engine={"kind": "deepspeed", "timeout": 64})
+    tree = prepared.tree(tmp_path / "run", engine={"kind": "deepspeed", "timeout": 32})
     steps = {"english": 600, "german": 8}
     phases = [{**phase, "steps": steps[phase["name"]]} for phase in tree["phases"]]
     return prepared.config_file(tmp_path / "run", engine=tree["engine"], phases=phases, checkpoint={"every_steps": 3})
@@ -120,6 +131,19 @@ def test_a_rank_with_a_bug_is_the_cause_and_not_its_peer(config: str, tmp_path: 
     assert outcome is not None
     assert (outcome.outcome, outcome.exit_status, outcome.rank, outcome.step) == ("failed", 1, 1, 5)
     assert "step 6: ValueError: a bug on one rank" in outcome.message
+
+
+def test_a_rank_that_is_stopped_while_the_others_wait_for_a_save_as_long_as_it_takes_is_missed(
+    config: str, tmp_path: Path
+) -> None:
+    with TwoRanks(config, tmp_path, STOPPER) as ranks:
+        assert ranks.wait(0) == 76
+        assert "Traceback" not in ranks.log(0)
+    outcome = read_outcome(tmp_path / "run")
+    assert outcome is not None
+    assert (outcome.outcome, outcome.exit_status, outcome.rank) == ("hung", 76, 1)
+    assert f"rank 1 on {node_here()} left no word" in outcome.message
+    assert "stopped, or its node is gone; the others: publishing the save of step 3" in outcome.message
 
 
 def test_usr2_shows_what_a_rank_is_doing_and_it_goes_on(config: str, tmp_path: Path) -> None:

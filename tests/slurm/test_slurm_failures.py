@@ -133,7 +133,7 @@ def test_a_killed_rank_is_named_and_the_job_goes_on_in_its_allocation(cluster: C
 
 
 def test_a_rank_that_hangs_in_its_step_is_named_with_the_stacks_of_all(cluster: Cluster, folder: Path) -> None:
-    run = Run(cluster, folder, "hung", "engine.timeout=64", faults="sleep 7\n")
+    run = Run(cluster, folder, "hung", "engine.timeout=40", faults="sleep 7\n")
     assert run.end() == ("COMPLETED", "0:0", 0), run.log
     first = read_outcome(run.run_dir, 1)
     assert first is not None
@@ -146,7 +146,7 @@ def test_a_rank_that_hangs_in_its_step_is_named_with_the_stacks_of_all(cluster: 
 
 
 def test_a_stopped_rank_is_named_ended_and_the_job_goes_on(cluster: Cluster, folder: Path) -> None:
-    run = Run(cluster, folder, "stopped", "engine.timeout=64")
+    run = Run(cluster, folder, "stopped", "engine.timeout=40")
     run.reach(8)
     os.kill(run.job.task(rank=1), signal.SIGSTOP)
     assert run.end() == ("COMPLETED", "0:0", 0), run.log
