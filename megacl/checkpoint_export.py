@@ -12,9 +12,8 @@ from pathlib import Path
 from megacl.checkpoint import Checkpoint, RunState
 from megacl.checkpoint_files import Contents, read_index, read_manifest
 from megacl.errors import CheckpointError, ConfigError
-from megacl.publish import sha256_of
 from megacl.saving import publish_checkpoint
-from megacl.tensorfile import FileFacts
+from megacl.tensorfile import facts_of
 
 
 def export_weights(checkpoint: Checkpoint, out: Path) -> None:
@@ -34,7 +33,7 @@ def export_weights(checkpoint: Checkpoint, out: Path) -> None:
             if not (checkpoint.path / name).is_file():
                 raise CheckpointError(f"{checkpoint.path / name}: is gone; the run has pruned this checkpoint.")
             shutil.copyfile(checkpoint.path / name, folder / name)
-            files[name] = FileFacts((folder / name).stat().st_size, sha256_of(folder / name))
+            files[name] = facts_of(folder / name)
             if files[name] != meant.get(name):
                 raise CheckpointError(f"{checkpoint.path / name}: its copy is not as the manifest says; try again.")
         return Contents(files, tensors, index.weights)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from megacl.errors import CheckpointError
-from megacl.publish import sha256_of
-from megacl.tensorfile import FileFacts, TensorReader, TensorWriter
+from megacl.tensorfile import FileFacts, TensorReader, TensorWriter, facts_of
 
 FORMAT, VERSION = "megacl-checkpoint", 2
 MANIFEST, INDEX = "manifest.json", "index.json"
@@ -101,7 +101,7 @@ def write_manifest(folder: Path, parts: Iterable[Contents]) -> None:
     whole = Contents.together(parts)
     index = {"weights": dict(sorted(whole.weights.items())), "tensors": dict(sorted(whole.tensors.items()))}
     files = {**whole.files, INDEX: write_text(folder / INDEX, _json(index))}
-    rows = {name: {"size": facts.size, "sha256": facts.sha256} for name, facts in sorted(files.items())}
+    rows = {name: {"size": facts.size, "xxh3_128": facts.digest} for name, facts in sorted(files.items())}
     write_text(folder / MANIFEST, _json({"format": FORMAT, "version": VERSION, "files": rows}))
 
 
@@ -116,7 +116,7 @@ def write_text(path: Path, text: str) -> FileFacts:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return FileFacts(len(content), hashlib.sha256(content).hexdigest())
+    return FileFacts(len(content), xxhash.xxh3_128(content).hexdigest())
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -215,7 +215,7 @@ def read_manifest(folder: Path) -> dict[str, FileFacts]:
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             found = f"{manifest['format']} {manifest['version']}"
             raise CheckpointError(f"{folder}: made in format {found}, which is not known here")
-        files = {name: FileFacts(facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        files = {name: FileFacts(facts["size"], facts["xxh3_128"]) for name, facts in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if content != _json(manifest).encode():  # one space became another, which the values do not show
@@ -245,6 +245,6 @@ def _problem_of(path: Path, facts: FileFacts) -> str | None:
             return f"{path}: missing"
         if path.stat().st_size != facts.size:
             return f"{path}: has {path.stat().st_size} bytes of {facts.size}"
-        return None if sha256_of(path) == facts.sha256 else f"{path}: its content has changed (SHA-256)"
+        return None if facts_of(path) == facts else f"{path}: its content has changed (XXH3)"
     except OSError as error:  # a sector that is lost, say
         return f"{path}: cannot be read: {error.strerror}"

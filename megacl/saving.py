@@ -38,8 +38,8 @@ from megacl.engine import Engine
 from megacl.errors import DataError, DivergedError, MegaclError, StoppedError
 from megacl.lineage import Lineage
 from megacl.parallel.ranks import Ranks
-from megacl.publish import delete_folder, disk_errors, flush_folder, name_beside, publish_folder, sha256_of
-from megacl.tensorfile import FileFacts
+from megacl.publish import delete_folder, disk_errors, flush_folder, name_beside, publish_folder
+from megacl.tensorfile import facts_of
 
 _WHAT = "a checkpoint"
 
@@ -359,4 +359,4 @@ def _write_small(folder: Path, state: RunState, lineage: Lineage, config: RunCon
     write_text(folder / "config.yaml", dump(config))
     tokenizer.save(folder)
     small = [file for file in folder.iterdir() if file.suffix != ".safetensors"]  # other ranks write here too
-    return Contents({file.name: FileFacts(file.stat().st_size, sha256_of(file)) for file in small})
+    return Contents({file.name: facts_of(file) for file in small})

@@ -19,7 +19,7 @@ from megacl.configfile import from_tree, load
 from megacl.data.stream import PhaseStream, open_recorded
 from megacl.errors import DataError
 from megacl.lineage import Lineage, load_lineage, save_lineage
-from megacl.publish import sha256_of
+from megacl.tensorfile import facts_of
 from megacl.trainer import train
 
 Capture = pytest.CaptureFixture[str]
@@ -102,7 +102,7 @@ def signed(checkpoint: Path, lineage: Lineage) -> Iterator[None]:
 def sign(checkpoint: Path) -> None:
     tree = json.loads((checkpoint / "manifest.json").read_text())
     for name, facts in tree["files"].items():
-        facts.update(size=(checkpoint / name).stat().st_size, sha256=sha256_of(checkpoint / name))
+        facts.update(size=(checkpoint / name).stat().st_size, xxh3_128=facts_of(checkpoint / name).digest)
     (checkpoint / "manifest.json").write_text(json.dumps(tree, indent=1) + "\n")
 
 
@@ -148,7 +148,7 @@ def test_a_number_changed_in_a_lineage_is_named_with_its_entry(house: House, cap
         status, _, bad = verify(capsys, house.child)
     assert status == 2
     assert bad == [
-        f"changed   checkpoint {file.parent}: {file}: its content has changed (SHA-256)",
+        f"changed   checkpoint {file.parent}: {file}: its content has changed (XXH3)",
         f"changed   phase 'english' of run parent, id {own}: it does not match",
     ]
     with changed(
@@ -239,7 +239,7 @@ def test_a_changed_parent_is_named(house: House, capsys: Capture, name: str) -> 
         status, _, bad = verify(capsys, house.child)
     assert status == 2
     expected = f"checkpoint parent@12 of the branch after phase 'english': {file.parent}: {file}"
-    assert bad[0] == f"changed   {expected}: its content has changed (SHA-256)"
+    assert bad[0] == f"changed   {expected}: its content has changed (XXH3)"
     with away(file):
         status, _, bad = verify(capsys, house.child)
     assert status == 2

@@ -55,7 +55,7 @@ def test_one_flipped_byte_in_any_file_is_found_and_named(run: Path, tmp_path: Pa
     content = bytearray((path / name).read_bytes())
     content[len(content) // 2] ^= 1
     (path / name).write_bytes(content)
-    assert verify_checkpoint(path) == [f"{path / name}: its content has changed (SHA-256)"]
+    assert verify_checkpoint(path) == [f"{path / name}: its content has changed (XXH3)"]
 
 
 def test_missing_and_truncated_files_and_manifests_are_named(run: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from megacl.checkpoint import find_checkpoint, list_checkpoints, newest_checkpoi
 from megacl.configfile import from_tree
 from megacl.errors import CheckpointError
 from megacl.lineage import load_lineage
+from megacl.tensorfile import FileFacts
 from megacl.trainer import train
 
 
@@ -60,7 +61,7 @@ def test_a_flipped_byte_is_found_in_every_file_at_every_place(damaged: Path, dat
         file.write_bytes(content)
     assert problems, f"{file.name}, byte {offset}: {content[offset]} became {changed[offset]}"
     if file.name != "manifest.json":
-        assert problems == [f"{file}: its content has changed (SHA-256)"]
+        assert problems == [f"{file}: its content has changed (XXH3)"]
 
 
 def test_a_manifest_that_says_the_same_in_other_bytes_is_damaged(damaged: Path) -> None:
@@ -111,15 +112,15 @@ def test_a_file_that_the_disk_cannot_read_is_damaged(run: Path, tmp_path: Path) 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     good, newest = list_checkpoints(copy)[-2:]
-    original = checkpoint_files.sha256_of
+    original = checkpoint_files.facts_of
 
-    def read(path: Path) -> str:
+    def read(path: Path) -> FileFacts:
         if path.parent == newest and path.name.startswith("weights"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return original(path)
 
     warned: list[str] = []
-    with patch.object(checkpoint_files, "sha256_of", read):
+    with patch.object(checkpoint_files, "facts_of", read):
         assert newest_checkpoint(copy, warned.append) == good
     (line,) = warned
     assert line.endswith("weights-00000-of-00001.safetensors: cannot be read: Input/output error")

@@ -82,7 +82,7 @@ def test_verify_names_every_damaged_file_of_a_run(copy: Path, capsys: Capture) -
     assert f"{ten / 'lineage.json'}: missing\n" in out
     assert f"{ten / 'state.json'}: has 0 bytes of" in out
     assert f"{twelve / 'manifest.json'}: cannot be read" in out
-    assert f"{weights}: its content has changed (SHA-256)\n" in out
+    assert f"{weights}: its content has changed (XXH3)\n" in out
     assert out.count("every file is as its manifest says") == 1
     assert err.startswith("CheckpointError: 3 of 4 checkpoints are damaged; ")
     assert err.count("\n") == 1

@@ -17,9 +17,8 @@ from megacl.data.stream import PhaseStream, open_recorded
 from megacl.lineage import Lineage, load_lineage
 from megacl.model.gpt import build_model
 from megacl.parallel.ranks import Ranks
-from megacl.publish import sha256_of
 from megacl.saving import save_checkpoint
-from megacl.tensorfile import FileFacts
+from megacl.tensorfile import facts_of
 from megacl.trainer import train
 from tests.plain_loop import Loop, train_by_hand
 from tests.ranks import run_on_ranks
@@ -183,7 +182,7 @@ def test_a_checkpoint_holds_moments_whose_count_is_zero(prepared: Prepared, run:
 def take_moments_out(checkpoint: Path) -> None:
     (checkpoint / OPTIMIZER).unlink()
     index = read_index(checkpoint)
-    files = {file.name: FileFacts(file.stat().st_size, sha256_of(file)) for file in checkpoint.iterdir()}
+    files = {file.name: facts_of(file) for file in checkpoint.iterdir()}
     del files["manifest.json"], files["index.json"]
     weights = {name: file for name, file in index.tensors.items() if name in index.weights}
     write_manifest(checkpoint, [Contents(files, weights, index.weights)])

@@ -18,8 +18,7 @@ from safetensors.numpy import save_file
 from megacl.checkpoint_files import read_index, write_manifest, write_tensors
 from megacl.errors import CheckpointError
 from megacl.merging import decay_over, merge_files, merge_weights
-from megacl.publish import sha256_of
-from megacl.tensorfile import FileFacts
+from megacl.tensorfile import facts_of
 
 decays = st.lists(st.floats(0, 1), min_size=1, max_size=20).map(lambda decay: sorted(decay, reverse=True))
 
@@ -171,7 +170,7 @@ def test_a_merged_checkpoint_is_the_mean_however_many_files_each_is_in(
     np.testing.assert_equal(tensors(tmp_path / "merged"), mean)
     assert contents.weights == {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in mean.items()}
     file = tmp_path / "merged" / WEIGHTS
-    assert contents.files == {WEIGHTS: FileFacts(file.stat().st_size, sha256_of(file))}
+    assert contents.files == {WEIGHTS: facts_of(file)}
 
 
 @given(decays)

@@ -5,7 +5,6 @@ checkpoint whose weights no plan looks at.
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 import shlex
@@ -27,7 +26,7 @@ from megacl.lineage import Lineage, PhaseRecord
 from megacl.model.gpt import count_parameters
 from megacl.plan import plan_phases, schedule_of
 from megacl.resume import find_inputs, find_origin, open_sources
-from megacl.tensorfile import FileFacts
+from megacl.tensorfile import facts_of
 
 RECIPES = shipped("configs") / "recipe" / "paper"
 BATCH, T = 1104, 2048
@@ -147,7 +146,7 @@ def folder(size: str, prepared: Prepared, tmp_path_factory: pytest.TempPathFacto
     (checkpoint / "lineage.json").write_text(lineage.dump())
     (checkpoint / "config.yaml").write_text(dump(config))
     (checkpoint / WEIGHTS).write_bytes(b"")
-    facts = FileFacts(0, hashlib.sha256(b"").hexdigest())
+    facts = facts_of(checkpoint / WEIGHTS)
     write_manifest(checkpoint, [Contents({WEIGHTS: facts}, {"exp_avg.embed.weight": WEIGHTS})])
     return folder
 

@@ -103,8 +103,9 @@ def convert(
     with Staging(destination, identity) as staging, ThreadPoolExecutor(1) as pool:
         hashes = pool.submit(lambda: {} if model.checkpoint else model.files)  # a checkpoint's are in its mark
         written = staging.write(plan, _count("writing", total, progress))
-        facts = {name: each.sha256 for name, each in written.items()}
-        files = facts if model.checkpoint else hashes.result()
+        files = hashes.result()
+        if model.checkpoint:
+            files = {name: each.digest for name, each in written.items()} if to == "hf" else {}
         with disk_errors(staging.files, "the converted model"):
             folder = plan.finish(staging.files, written, converted(model, to, files))
         plan.check(folder, _count("checking", total, progress))

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import xxhash
 
 from megacl.checkpoint import (
     RunState,
@@ -24,9 +25,8 @@ from megacl.convert.plan import Plan, WrittenFile, in_files, tensors_of
 from megacl.data.tokenizer import load_tokenizer
 from megacl.errors import CheckpointError, ConversionError
 from megacl.lineage import Lineage
-from megacl.publish import sha256_of
 from megacl.saving import publish_checkpoint
-from megacl.tensorfile import FileFacts
+from megacl.tensorfile import FileFacts, facts_of
 
 _DEFAULT_LENGTH = 2048
 
@@ -99,11 +99,11 @@ def plan_own(model: OpenedModel, destination: Path, *, max_shard_size: int) -> P
 
     def finish(folder: Path, written: Mapping[str, WrittenFile], lineage: Lineage) -> Path:
         def write(inside: Path) -> Contents:
-            facts = {name: FileFacts(file.size, file.sha256) for name, file in written.items()}
+            facts = {name: FileFacts(file.size, file.digest) for name, file in written.items()}
             for name in written:
                 _link(folder / name, inside / name)
             for copy in copy_beside(tokenizer.file, inside):
-                facts[copy.name] = FileFacts(copy.stat().st_size, sha256_of(copy))
+                facts[copy.name] = facts_of(copy)
             places = {tensor: name for name, file in written.items() for tensor in file.tensors}
             return Contents(
                 facts, places, {tensor: each for file in written.values() for tensor, each in file.tensors.items()}
@@ -114,7 +114,7 @@ def plan_own(model: OpenedModel, destination: Path, *, max_shard_size: int) -> P
         return checkpoint
 
     check = partial(_check, model)
-    return Plan("megacl", files, make, finish, check, tensor_hashes=True)
+    return Plan("megacl", files, make, finish, check, tensor_hashes=True, digest=xxhash.xxh3_128)
 
 
 def _link(file: Path, name: Path) -> None:

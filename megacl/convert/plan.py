@@ -1,8 +1,10 @@
 """What is to be written, decided before anything is: which tensors stand in which file."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,8 @@ class WrittenFile:
     """A file of tensors that is on the disk."""
 
     size: int
-    sha256: str
+    digest: str
+    """Hexadecimal hash of its content, by the plan's `digest`."""
     tensors: Mapping[str, str]
     """SHA-256 of each tensor's bytes, where the plan asks for them."""
 
@@ -46,6 +49,8 @@ class Plan:
     """What is lost on the way, and why, beside the model's own notes."""
     tensor_hashes: bool = False
     """Whether `finish` wants the SHA-256 of each tensor."""
+    digest: Callable[[], Any] = hashlib.sha256
+    """Constructs the hash of a file of tensors."""
 
 
 def tensors_of(model: OpenedModel, named: Mapping[str, Named]) -> tuple[Entries, Callable[[str], Tensor]]:

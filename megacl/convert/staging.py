@@ -11,6 +11,7 @@ destination, or of a source that has changed, begins anew. One process at a time
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from typing import Any, Self
 
 from megacl.convert.plan import Plan, WrittenFile, bytes_of
 from megacl.errors import ConversionError, DataError
-from megacl.publish import alone_in, disk_errors, flush_folder, publish_text, sha256_of
+from megacl.publish import alone_in, disk_errors, flush_folder, publish_text
 from megacl.tensorfile import TensorWriter
 
 _IDENTITY = "conversion.json"
@@ -88,14 +89,14 @@ class Staging:
                     left.unlink()
         for name, entries in plan.files.items():
             path = self.files / name
-            if name in self._done and _as_noted(path, self._done[name]):
+            if name in self._done and _as_noted(path, self._done[name], plan):
                 progress(bytes_of(entries))
                 continue
             self._done.pop(name, None)
             path.unlink(missing_ok=True)
             with (
                 disk_errors(path, "the converted model"),
-                TensorWriter(path, entries, {"format": "pt"}, hashes=plan.tensor_hashes) as file,
+                TensorWriter(path, entries, {"format": "pt"}, hashes=plan.tensor_hashes, digest=plan.digest) as file,
             ):
                 for tensor in file.names:
                     made = plan.make(tensor)
@@ -103,7 +104,7 @@ class Staging:
                     progress(made.nbytes)
                 facts = file.close()
                 _forget(path)
-            self._done[name] = WrittenFile(facts.size, facts.sha256, file.hashes)
+            self._done[name] = WrittenFile(facts.size, facts.digest, file.hashes)
             self._note()
         return {name: self._done[name] for name in plan.files}
 
@@ -151,5 +152,8 @@ def _forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _as_noted(path: Path, facts: WrittenFile) -> bool:
-    return path.is_file() and path.stat().st_size == facts.size and sha256_of(path) == facts.sha256
+def _as_noted(path: Path, facts: WrittenFile, plan: Plan) -> bool:
+    if not path.is_file() or path.stat().st_size != facts.size:
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, plan.digest).hexdigest() == facts.digest

@@ -123,7 +123,7 @@ def test_an_end_with_one_other_byte_or_number_is_another_end(run: Path, tmp_path
     assert len(checks.differences(copy, end)) == 1
     manifest = copy / "checkpoints" / "step-00000020" / "manifest.json"
     tree = json.loads(manifest.read_text())
-    tree["files"]["state.json"]["sha256"] = "0" * 64
+    tree["files"]["state.json"]["xxh3_128"] = "0" * 32
     manifest.write_text(json.dumps(tree))
     assert len(checks.differences(copy, end)) == 2
 

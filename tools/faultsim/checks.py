@@ -73,7 +73,7 @@ def end_of(run_dir: Path) -> dict[str, Any]:
     """
     checkpoint = list_checkpoints(run_dir)[-1]
     files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    end: dict[str, Any] = {f"{checkpoint.name}/{name}": facts["sha256"] for name, facts in files.items()}
+    end: dict[str, Any] = {f"{checkpoint.name}/{name}": facts["xxh3_128"] for name, facts in files.items()}
     del end[f"{checkpoint.name}/config.yaml"]  # it holds the run's place
     end["lineage.json"] = sha256_of(run_dir / "lineage.json")
     for record in read_metrics(run_dir / "metrics.jsonl"):
