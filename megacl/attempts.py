@@ -107,6 +107,8 @@ class Words:
     """Whether it waited for other ranks."""
     stopped: float = 0.0
     """Seconds for which the whole process stood still before that, as one that is suspended does."""
+    missed: tuple[int, ...] = ()
+    """Ranks that gave no sign of life, where it only waited for them."""
     where: str = ""
     """The line of code."""
     nodes: tuple[str, ...] = ()

@@ -7,7 +7,7 @@
         state.json               where the run stands: phase, samples, steps, loss scale, its watch over the losses
         lineage.json config.yaml and the tokenizer's file
         index.json               which file each tensor stands in, and the SHA-256 of each weight
-        manifest.json            size and SHA-256 of each of these files
+        manifest.json            size and hash of each of these files
 
 A checkpoint knows no ranks: as many of them as wrote it, it loads into any engine, on any number. It is found by its
 manifest, never by its name alone; one that is damaged is named and passed over for the newest good one. How one is

@@ -22,7 +22,7 @@ from torch import Tensor
 from megacl.errors import CheckpointError
 from megacl.tensorfile import FileFacts, TensorReader, TensorWriter, facts_of
 
-FORMAT, VERSION = "megacl-checkpoint", 2
+FORMAT, VERSION = "megacl-checkpoint", 3
 MANIFEST, INDEX = "manifest.json", "index.json"
 KINDS = {"weight": "weights", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "anchor": "reptile"}
 """In which files each tensor of a parameter's state stands."""

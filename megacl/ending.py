@@ -7,7 +7,8 @@
             ending.stepped(1)
             ending.ended("done", "all phases are trained")
 
-What is left are files of the attempt (attempts.py). Nothing is said to other ranks, which may not be there any more.
+What is left are files of the attempt (attempts.py). Other ranks, which may not be there any more, are told nothing but
+that this one lives, or has left (parallel/alive.py).
 """
 
 import contextlib
@@ -96,10 +97,9 @@ class Ending:
         faulthandler.register(signal.SIGUSR2, file=self._spool, all_threads=True)
         try:
             alone = ranks.world_size == 1
-            with self.watchdog.watching(self._hung, self._look, others=life.exchange, alone=alone):
+            with life.given(), self.watchdog.watching(self._hung, self._look, others=life.missed, alone=alone):
                 yield
         finally:
-            life.close()
             self._copy_stacks()
             faulthandler.register(signal.SIGUSR2, file=_STDERR)
 
@@ -228,17 +228,20 @@ class Ending:
         # A disk that does not answer may be why the rank hangs, and must not keep it from ending.
         faulthandler.dump_traceback_later(60 + self.watchdog.seconds / 3, exit=True, file=_STDERR)
         frame, number = main_frame(), self._attempt.number
+        who = f"rank{'s' * (len(silence.missed) > 1)} {', '.join(map(str, silence.missed))} gave no sign of life"
+        what = who if silence.missed else "nothing moved on"
         words = Words(
             rank=self._rank,
             node=node_here(),
             kind="hung",
-            message=f"nothing moved on for {silence.seconds:.0f} s ({self.watchdog.doing})",
+            message=f"{what} for {silence.seconds:.0f} s ({self.watchdog.doing})",
             exit_status=HUNG,
             step=self._step,
             doing=self.watchdog.doing,
             silent=silence.seconds,
             waiting=frame is not None and waits_for_others(frame),
             stopped=silence.stopped,
+            missed=silence.missed,
             where=line_of(frame) if frame is not None else "",
             time=time.time(),
         )
@@ -247,8 +250,8 @@ class Ending:
         with contextlib.suppress(MegaclError, OSError):
             write_words(self._run_dir, number, words)
             print(
-                f"rank {self._rank} on {words.node} hangs: {words.message}, at {words.where}; the stacks of all ranks: "
-                f"{attempt_folder(self._run_dir, number)}/stacks-*.txt",
+                f"rank {self._rank} on {words.node} {'waits' if words.missed else 'hangs'}: {words.message}, at "
+                f"{words.where}; the stacks of all ranks: {attempt_folder(self._run_dir, number)}/stacks-*.txt",
                 file=sys.stderr,
                 flush=True,
             )

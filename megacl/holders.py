@@ -10,7 +10,7 @@ from typing import Any
 
 
 def node_here(environment: Mapping[str, str] = os.environ) -> str:
-    """This machine's name, which in a job is the one that SLURM has for it."""
+    """This machine's name: the one that SLURM has for it, where SLURM started this process or one before it."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 

@@ -65,13 +65,16 @@ def _said(attempt: Attempt, words: Words) -> Outcome:
 
 def _hung(attempt: Attempt, words: Sequence[Words], hung: Sequence[Words]) -> Outcome:
     step, seconds = min(each.step for each in hung), max(each.silent for each in hung)
-    silent = _silent(attempt, words)
+    silent, missed = _silent(attempt, words), sorted({rank for each in hung for rank in each.missed})
     others = next((each.doing for each in hung if each.waiting), hung[0].doing)
     stopped = [each for each in hung if each.stopped > each.silent / 2]
     busy = [each for each in hung if not each.waiting]
     behind = [each for each in hung if each.step == step]
-    if silent:
-        ranks, what = silent, f"left no word in {seconds:.0f} s: stopped, or its node is gone; the others: {others}"
+    gone = "stopped, or its node is gone"
+    if missed:
+        ranks, what = missed, f"gave no sign of life for {seconds:.0f} s: {gone}; the others: {others}"
+    elif silent:
+        ranks, what = silent, f"left no word in {seconds:.0f} s: {gone}; the others: {others}"
     elif culprits := next((found for found in (stopped, busy, behind) if 0 < len(found) < len(attempt.ranks)), None):
         ranks, first = [each.rank for each in culprits], culprits[0]
         still = f", and stood still for {first.stopped:.0f} s of them" if culprits is stopped else ""

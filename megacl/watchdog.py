@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from megacl.parallel.alive import Missed
+
 _LOOK = 1.0
 """Seconds between two looks, at most."""
 _STDERR = 2
@@ -34,6 +36,8 @@ class Silence:
     """For so long."""
     stopped: float
     """The longest time in it for which this process stood still as a whole."""
+    missed: tuple[int, ...] = ()
+    """Where this rank only waits: the ranks that have given no sign of life for so long."""
 
 
 class Watchdog:
@@ -90,15 +94,15 @@ class Watchdog:
         hung: Callable[[Silence], None],
         look: Callable[[bool], bool],
         *,
-        others: Callable[[], float] = lambda: 0.0,
+        others: Callable[[float], Missed | None] = lambda seconds: None,
         alone: bool = False,
     ) -> Iterator[None]:
         """A block in which this rank is watched.
 
         hung: called once, by the thread, where nothing moves on. look: called at each look, with whether the silence is
         suspicious; where it says so, `hung` is called before the time is up. An OSError of its own says nothing.
-        others: called at each look too: seconds for which the quietest other rank has given no sign of life. Where the
-        time does not count, `hung` is called for that.
+        others: asked at each look at which the time does not count, with how long a silence is allowed, for the ranks
+        that have given no sign of life for longer; `hung` is called for them.
         alone: whether there is no other rank. Then it may be suspended (Ctrl-Z, `scontrol suspend`) for as long as one
         likes: that time does not count. Among several ranks it does, since the others' collectives run out of time.
         """
@@ -119,7 +123,7 @@ class Watchdog:
         ended: threading.Event,
         hung: Callable[[Silence], None],
         look: Callable[[bool], bool],
-        others: Callable[[], float],
+        others: Callable[[float], Missed | None],
         alone: bool,
     ) -> None:
         pause = min(_LOOK, self.seconds / 10)
@@ -138,11 +142,11 @@ class Watchdog:
                 silent, heard = self.silent, False
                 with contextlib.suppress(OSError):
                     heard = look(silent > self.seconds / 4)
-                quiet = others()
-                if self._moved is None:
-                    silent = quiet
                 if heard or silent > self._allowed:
                     hung(Silence(silent, stopped))
+                    return
+                if self._moved is None and (missed := others(self._allowed)) is not None:
+                    hung(Silence(missed.seconds, 0.0, missed.ranks))
                     return
         finally:
             faulthandler.cancel_dump_traceback_later()

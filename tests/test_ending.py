@@ -12,6 +12,7 @@ from megacl.attempts import read_attempts, read_outcome
 from megacl.configfile import from_tree
 from megacl.ending import is_lost_peer
 from megacl.errors import ConfigError, DataError
+from megacl.parallel.alive import Missed
 from megacl.publish import alone_in
 from megacl.trainer import train
 from megacl.watchdog import Silence, Watchdog
@@ -106,6 +107,29 @@ def test_time_for_which_a_process_was_suspended_counts_only_where_others_wait_fo
             assert looks.acquire(timeout=PATIENCE)
             assert looks.acquire(timeout=PATIENCE)
         assert barked.wait(0 if alone else PATIENCE) != alone
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_missed_only_while_this_one_waits_as_long_as_it_takes() -> None:
+    watchdog, barked, said, asked = Watchdog(1000), threading.Event(), [], threading.Semaphore(0)
+
+    def others(seconds: float) -> Missed:
+        assert seconds == 1000
+        asked.release()
+        return Missed((3, 5), 1234.5)
+
+    def hung(silence: Silence) -> None:
+        said.append(silence)
+        barked.set()
+
+    looks = threading.Semaphore(0)
+    watchdog.begin("step 1")
+    with watchdog.watching(hung, lambda suspicious: bool(looks.release()), others=others):
+        assert looks.acquire(timeout=PATIENCE)
+        assert looks.acquire(timeout=PATIENCE)
+        assert not asked.acquire(blocking=False)
+        with watchdog.resting("saving"):
+            assert barked.wait(PATIENCE)
+    assert said == [Silence(1234.5, 0.0, (3, 5))]
 
 
 def test_a_folder_that_does_not_answer_leaves_the_watchdog_awake() -> None:

@@ -81,6 +81,12 @@ def test_a_rank_that_is_silent_while_others_hang_is_named() -> None:
     assert "left no word in 30 s: stopped, or its node is gone; the others: step 9" in found.message
 
 
+def test_a_rank_that_others_miss_is_named_and_not_those_that_had_no_time_for_words() -> None:
+    found = verdict(ATTEMPT, [of_rank(HUNG, 0, missed=(2,), silent=450.0, waiting=True)], 76)
+    assert (found.outcome, found.rank, found.nodes) == ("hung", 2, ("n2",))
+    assert found.message.startswith("rank 2 on n2 gave no sign of life for 450 s: stopped, or its node is gone")
+
+
 def test_ranks_that_all_wait_for_one_another_cannot_be_told_apart() -> None:
     found = verdict(ATTEMPT, [of_rank(HUNG, rank) for rank in range(4)], 76)
     assert (found.outcome, found.rank) == ("hung", None)

@@ -24,7 +24,7 @@ from megacl.convert.plan import bytes_of
 from megacl.convert.staging import Staging, check_free
 from megacl.errors import ConversionError
 from megacl.lineage import ConversionRecord, Lineage
-from megacl.publish import disk_errors
+from megacl.publish import disk_errors, sha256_of
 
 Format = Literal["hf", "megacl"]
 """The formats that are written."""
@@ -104,8 +104,10 @@ def convert(
         hashes = pool.submit(lambda: {} if model.checkpoint else model.files)  # a checkpoint's are in its mark
         written = staging.write(plan, _count("writing", total, progress))
         files = hashes.result()
-        if model.checkpoint:
-            files = {name: each.digest for name, each in written.items()} if to == "hf" else {}
+        if model.checkpoint and to == "hf":
+            files = {name: each.digest for name, each in written.items()}
+        elif model.checkpoint:
+            files = {name: sha256_of(staging.files / name) for name in written}
         with disk_errors(staging.files, "the converted model"):
             folder = plan.finish(staging.files, written, converted(model, to, files))
         plan.check(folder, _count("checking", total, progress))

@@ -4,7 +4,6 @@ A job that trains gets what it gets before its time limit, USR1 to its script, s
 (cluster.signal_seconds); `scancel` alone leaves it SLURM's KillWait, often 30 s. Before that its requeue is forbidden.
 """
 
-import getpass
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from megacl.attempts import read_outcome
 from megacl.configfile import load_cluster
 from megacl.errors import ConfigError, LaunchError
 from megacl.slurm.jobs import check_run, jobs_in_queue, read_jobs
-from megacl.slurm.queue import QueuedJob, cancel_job, forbid_requeue, tell_to_save
+from megacl.slurm.queue import QueuedJob, cancel_job, forbid_requeue, tell_to_save, user_here
 from megacl.slurm.status import read_status
 
 _GRACE = 60.0
@@ -43,7 +42,7 @@ def cancel_run(run_dir: Path, say: Callable[[str], None], *, pause: float = 1.0)
     check_run(run_dir)
     jobs = [job for job in jobs_in_queue(run_dir) if not job.ended]
     for job in jobs:
-        if job.user != getpass.getuser():
+        if job.user != user_here():
             raise LaunchError(f"{run_dir}: job {job.job_id} is {job.user}'s; ask {job.user} to cancel it.")
     if not jobs:
         _nothing_to_do(run_dir, say)

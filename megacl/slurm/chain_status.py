@@ -1,6 +1,5 @@
 """A chain's or a study's jobs on the cluster, by its folder's chain.json: how they stand, and cancelling them."""
 
-import getpass
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from megacl.errors import DataError, LaunchError
 from megacl.log import table_text
 from megacl.slurm.cancel import cancel_run
 from megacl.slurm.graph import read_record
-from megacl.slurm.queue import QueuedJob, cancel_job, find_jobs
+from megacl.slurm.queue import QueuedJob, cancel_job, find_jobs, user_here
 from megacl.slurm.reasons import explain
 
 
@@ -45,7 +44,7 @@ def cancel_chain(folder: Path, say: Callable[[str], None]) -> None:
     saving: list[Path] = []
     for found in living.values():
         for each in found:
-            if each.user != getpass.getuser():
+            if each.user != user_here():
                 raise LaunchError(f"{folder}: job {each.job_id} is {each.user}'s; ask {each.user} to cancel it.")
     ended = 0
     for name, job in reversed(jobs.items()):

@@ -15,7 +15,7 @@ from megacl.config_cluster import ClusterConfig
 from megacl.data.provide import missing_sources
 from megacl.engine import Device, check_engine
 from megacl.errors import ConfigError, DataError
-from megacl.log import read_metrics
+from megacl.log import last_records
 from megacl.model.gpt import flops_per_token
 from megacl.plan import check_batches, check_ranks, plan_text
 from megacl.plan_memory import Machine, host_of_rank, largest_phase
@@ -175,7 +175,7 @@ def _seconds_left(config: RunConfig, cluster: ClusterConfig) -> tuple[float, flo
         left.append((steps - passed, flops))
     total = sum(steps * flops for steps, flops in left)
     most = max((flops for steps, flops in left if steps), default=0.0)
-    records = [r for r in read_metrics(run_dir / "metrics.jsonl") if r.get("kind") == "step"][-_MEASURED_STEPS:]
+    records = [r for r in last_records(run_dir / "metrics.jsonl") if r.get("kind") == "step"][-_MEASURED_STEPS:]
     rates = sorted(r["flops_per_second"] for r in records if r.get("flops_per_second"))
     if rates:
         rate, how = rates[len(rates) // 2], "as its last steps took"

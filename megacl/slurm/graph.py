@@ -8,7 +8,6 @@ wait for it, and theirs; one that is requeued keeps them waiting. docs/formats.m
 
 import contextlib
 import dataclasses
-import getpass
 import json
 import shlex
 import time
@@ -24,7 +23,7 @@ from megacl.errors import DataError, LaunchError
 from megacl.log import table_text
 from megacl.publish import publish_text
 from megacl.slurm.freeze import alone_with_jobs, freeze, new_job_folder, next_number
-from megacl.slurm.queue import cancel_job, check_sbatch, find_jobs, submit_script
+from megacl.slurm.queue import cancel_job, check_sbatch, find_jobs, submit_script, user_here
 from megacl.slurm.render import Job, render_script
 from megacl.slurm.submit import check_none_queued, python_of, write_job
 
@@ -151,7 +150,7 @@ def check_nothing_queued(folder: Path) -> None:
     record = read_record(folder) or {"jobs": {}}
     ids = {job["job_id"]: name for name, job in record["jobs"].items() if job["job_id"] is not None}
     # SLURM counts on from 1 again some day, so that another user's job may have the number of one of these.
-    left = [job for job in find_jobs(ids) if job.user == getpass.getuser() and not job.ended]
+    left = [job for job in find_jobs(ids) if job.user == user_here() and not job.ended]
     if left:
         job = min(left, key=lambda job: job.waiting)
         number = job.job_id.partition("_")[0]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -90,6 +91,14 @@ def find_jobs(job_ids: Iterable[str]) -> list[QueuedJob]:
             return []
         raise
     return [_parse(line) for line in said.splitlines() if line.count("|") >= _FORMAT.count("|")]
+
+
+def user_here() -> str:
+    """This user's name as squeue prints it, whatever the environment says."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def forbid_requeue(job_id: str) -> None:

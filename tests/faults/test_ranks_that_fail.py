@@ -1,4 +1,4 @@
-"""Two ranks of which one fails, without SLURM: what they leave says who, where and why.
+"""Ranks of which one fails, without SLURM: what they leave says who, where and why.
 
 Those that hang are in tests/slurm/test_slurm_failures.py.
 """
@@ -47,10 +47,10 @@ if os.environ.get("RANK") == "1":
 """
 
 
-class TwoRanks:
-    """A run on two ranks of this machine. Entered, it is under way; nothing of it is left behind."""
+class SeveralRanks:
+    """A run on ranks of this machine. Entered, it is under way; nothing of it is left behind."""
 
-    def __init__(self, config: str, folder: Path, custom: str = "") -> None:
+    def __init__(self, config: str, folder: Path, custom: str = "", count: int = 2) -> None:
         (folder / "custom").mkdir(exist_ok=True)
         (folder / "custom" / "start.py").write_text(
             f"{custom}\nimport runpy, sys\nsys.argv[0] = 'megacl'\nrunpy.run_module('megacl', run_name='__main__')\n"
@@ -58,10 +58,10 @@ class TwoRanks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+        self.logs = [folder / f"rank-{rank}.log" for rank in range(count)]
         self.processes = []
         for rank, log in enumerate(self.logs):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             with open(log, "wb") as file:
                 process = subprocess.Popen(
@@ -72,7 +72,7 @@ class TwoRanks:
                 )
             self.processes.append(process)
 
-    def __enter__(self) -> "TwoRanks":
+    def __enter__(self) -> "SeveralRanks":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -96,7 +96,7 @@ class TwoRanks:
 
 @pytest.fixture
 def config(prepared: Prepared, tmp_path: Path) -> str:
-    tree = prepared.tree(tmp_path / "run", engine={"kind": "deepspeed", "timeout": 32})
+    tree = prepared.tree(tmp_path / "run", engine={"kind": "deepspeed", "timeout": 64})
     steps = {"english": 600, "german": 8}
     phases = [{**phase, "steps": steps[phase["name"]]} for phase in tree["phases"]]
     return prepared.config_file(tmp_path / "run", engine=tree["engine"], phases=phases, checkpoint={"every_steps": 3})
@@ -108,7 +108,7 @@ def has_steps(run_dir: Path, count: int) -> Callable[[], bool]:
 
 def test_a_killed_rank_is_named_by_its_peer_in_one_line(config: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with TwoRanks(config, tmp_path) as ranks:
+    with SeveralRanks(config, tmp_path) as ranks:
         ranks.until(has_steps(run_dir, 7))
         ranks.processes[1].kill()
         assert ranks.wait(0) == 1
@@ -124,7 +124,7 @@ def test_a_killed_rank_is_named_by_its_peer_in_one_line(config: str, tmp_path: P
 
 def test_a_rank_with_a_bug_is_the_cause_and_not_its_peer(config: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with TwoRanks(config, tmp_path, FAILER) as ranks:
+    with SeveralRanks(config, tmp_path, FAILER) as ranks:
         assert (ranks.wait(0), ranks.wait(1)) == (1, 1)
         assert "ValueError: a bug on one rank" in ranks.log(1)
     outcome = read_outcome(run_dir)
@@ -136,20 +136,23 @@ def test_a_rank_with_a_bug_is_the_cause_and_not_its_peer(config: str, tmp_path: 
 def test_a_rank_that_is_stopped_while_the_others_wait_for_a_save_as_long_as_it_takes_is_missed(
     config: str, tmp_path: Path
 ) -> None:
-    with TwoRanks(config, tmp_path, STOPPER) as ranks:
-        assert ranks.wait(0) == 76
+    settings = Path(config).read_text()
+    Path(config).write_text(settings.replace("timeout: 64", "timeout: 32"))
+    with SeveralRanks(config, tmp_path, STOPPER, count=3) as ranks:
+        assert (ranks.wait(0), ranks.wait(2)) == (76, 76)
         assert "Traceback" not in ranks.log(0)
     outcome = read_outcome(tmp_path / "run")
     assert outcome is not None
     assert (outcome.outcome, outcome.exit_status, outcome.rank) == ("hung", 76, 1)
-    assert f"rank 1 on {node_here()} left no word" in outcome.message
+    assert f"rank 1 on {node_here()} gave no sign of life" in outcome.message
     assert "stopped, or its node is gone; the others: publishing the save of step 3" in outcome.message
+    assert [(words.rank, words.missed) for words in read_words(tmp_path / "run", 1)] == [(0, (1,)), (2, (1,))]
 
 
 def test_usr2_shows_what_a_rank_is_doing_and_it_goes_on(config: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     stacks = run_dir / "attempts" / "0001" / "stacks-1.txt"
-    with TwoRanks(config, tmp_path) as ranks:
+    with SeveralRanks(config, tmp_path) as ranks:
         ranks.until(has_steps(run_dir, 4))
         ranks.processes[1].send_signal(signal.SIGUSR2)
         ranks.until(stacks.exists)

@@ -53,6 +53,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
+FirstJobId={first_job}
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,sched_min_interval=0,batch_sched_delay=0
 KillOnBadExit=1
@@ -105,8 +106,14 @@ class Cluster:
             "SLURM_CONF": f"{self.folder}/slurm.conf",
         }
         host, user = socket.gethostname().partition(".")[0], getpass.getuser()
+        # Two clusters on one machine must not have jobs of one number, by which ranks know one another.
         config = CONFIG.format(
-            kill_wait=self._kill_wait, folder=self.folder, host=host, user=user, ports=_free_ports(3)
+            kill_wait=self._kill_wait,
+            first_job=random.randrange(1, 10**6),
+            folder=self.folder,
+            host=host,
+            user=user,
+            ports=_free_ports(3),
         )
         (self.folder / "slurm.conf").write_text("\n".join([*self._settings, config]))
         with open(self.folder / "keeper.log", "ab") as log:

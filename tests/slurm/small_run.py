@@ -1,6 +1,5 @@
 """A run that takes seconds, on a cluster, and on one rank without SLURM to compare with; and what it has recorded."""
 
-import contextlib
 import json
 import os
 import random
@@ -76,10 +75,8 @@ def log_of(run_dir: Path) -> str:
 def step_records(run_dir: Path) -> list[dict[str, Any]]:
     """The records of its steps so far, as they stand in the file; the last line may be half written."""
     path = run_dir / "metrics.jsonl"
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
     return [record for record in found if record["kind"] == "step"]
 
 

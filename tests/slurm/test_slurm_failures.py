@@ -180,7 +180,7 @@ def test_a_job_that_an_urgent_one_takes_the_nodes_of_saves_is_requeued_and_finis
 ) -> None:
     """grace: seconds that SLURM lets it go on; where there are none, those between TERM and KILL are what it has."""
     cluster.run("scontrol", "update", "PartitionName=test", f"GraceTime={grace}")
-    run = Run(cluster, folder, f"pre-empted {grace}")
+    run = Run(cluster, folder, f"pre-empted {grace}", faults="slow 0.2\n")
     run.reach(8)
     (folder / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
     urgent = cluster.submit(
