@@ -7,8 +7,10 @@
 Which owner wrote a tensor matters to nobody who reads: the index names the file of each.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -78,15 +80,20 @@ def write_tensors(
         for key, tensor in tensors.items():
             files.setdefault(KINDS[key], {})[tensor_name(parameter, key)] = tensor
     facts, weights = {}, {}
-    for kind, content in files.items():
-        name = file_name(kind, owner, owners)
-        entries = {each: (content[each].dtype, tuple(content[each].shape)) for each in sorted(content)}
-        with TensorWriter(folder / name, entries, hashes=kind == "weights") as file:
+    with contextlib.ExitStack() as until_hashed:
+        written = []
+        for kind, content in files.items():
+            name = file_name(kind, owner, owners)
+            entries = {each: (content[each].dtype, tuple(content[each].shape)) for each in sorted(content)}
+            # All tensors are in memory already, so weights may be hashed while moments are written.
+            file = TensorWriter(folder / name, entries, hashes=kind == "weights", behind=math.inf)
+            written.append(until_hashed.enter_context(file))
             for each in file.names:
                 goes_on()
                 file.write(each, content[each])
             facts[name] = file.close()
-        weights.update(file.hashes)
+        for file in written:
+            weights.update(file.hashes())
     places = {each: file_name(kind, owner, owners) for kind, content in files.items() for each in content}
     return Contents(facts, places, weights)
 

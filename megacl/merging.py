@@ -85,8 +85,8 @@ def merge_files(folders: Sequence[Path], coefficients: Sequence[float], out: Pat
     with TensorWriter(out / name, entries, hashes=True) as merged:
         for tensor in merged.names:
             merged.write_pieces(tensor, _means(files, coefficients, tensor, math.prod(entries[tensor][1])))
-        facts = merged.close()
-    return Contents({name: facts}, dict.fromkeys(entries, name), merged.hashes)
+        facts, hashes = merged.close(), merged.hashes()
+    return Contents({name: facts}, dict.fromkeys(entries, name), hashes)
 
 
 def _means(

@@ -17,8 +17,9 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -46,8 +47,8 @@ _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _ALIGNMENT = 8
 _CHUNK = 2**24
 """Bytes that are hashed and written at one time."""
-_WORTH_IT = 2**20
-"""Bytes from which on they are hashed by a thread of their own."""
+_BEHIND = 4
+"""Chunks by which a hash may be behind the writing, where all tensors are not in memory anyway."""
 _LONGEST_HEADER = 100_000_000
 """Bytes that safetensors allows."""
 
@@ -59,7 +60,7 @@ class FileFacts:
     size: int
     """Bytes."""
     digest: str
-    """XXH3 of 128 bits of its content, hexadecimal. It finds every accident, at five to ten times SHA-256's speed; that
+    """XXH3 of 128 bits of its content, hexadecimal. It finds every accident, at some eight times SHA-256's speed; that
     somebody meant to change a file it does not show, but then the manifest would be changed too."""
 
 
@@ -81,15 +82,15 @@ class TensorWriter:
         *,
         hashes: bool = False,
         digest: Callable[[], Any] = xxhash.xxh3_128,
+        behind: float = _BEHIND,
     ) -> None:
         """Opens a new file and writes its header.
 
-        entries: dtype and shape of every tensor by name. hashes: fill `hashes`. digest: constructs the hash of the file
-        that `close` returns. ValueError for a dtype that the format has not here; OSError where the disk refuses,
+        entries: dtype and shape of every tensor by name. hashes: for `hashes`. digest: constructs the hash of the file
+        that `close` returns. behind: chunks of 16 MiB by which a hash may be behind the writing: so long their tensors
+        are held. ValueError for a dtype that the format has not here; OSError where the disk refuses,
         FileExistsError where the file is there.
         """
-        self.hashes: dict[str, str] = {}
-        """Hexadecimal SHA-256 of each tensor's bytes, where that was asked for."""
         self._tensor_hash = hashlib.sha256() if hashes else None
         for name, (dtype, _) in entries.items():
             if name == "__metadata__" or dtype not in DTYPES:
@@ -99,7 +100,11 @@ class TensorWriter:
         self._entries = {name: entries[name] for name in order}
         self._left = list(reversed(order))
         self._hash, self._size = digest(), 0
-        self._hashing = ThreadPoolExecutor(max_workers=2)  # beside the writing: both let go of Python's lock
+        self._tensor_hashes: dict[str, Any] = {}
+        # A thread for each hash, beside the writing: all of them let go of Python's lock.
+        self._hashing = [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
+        self._unhashed: tuple[deque[Future[None]], deque[Future[None]]] = (deque(), deque())
+        self._behind = behind
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
         for name, (dtype, shape) in self._entries.items():
@@ -113,7 +118,7 @@ class TensorWriter:
             if self._tensor_hash is not None:
                 self._tensor_hash = hashlib.sha256()
         except BaseException:
-            self._file.close()
+            self.__exit__()
             raise
 
     @property
@@ -122,12 +127,15 @@ class TensorWriter:
         return list(self._entries)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes the next tensor of `names`, from any device. ValueError where it is another one than announced."""
+        """Writes the next tensor of `names`, from any device. It must stay as it is until the file is closed.
+
+        ValueError where it is another one than announced.
+        """
         self._check_due(name, (tensor.dtype, tuple(tensor.shape)))
         self.write_pieces(name, [tensor.detach().flatten()])
 
     def write_pieces(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
-        """Writes the next tensor of `names`, given as its elements row by row in any number of 1-D tensors.
+        """Writes the next tensor of `names`, given as its elements row by row in any number of 1-D tensors, as `write`.
 
         ValueError where they are too many, too few, or of another dtype than announced.
         """
@@ -145,8 +153,7 @@ class TensorWriter:
             raise ValueError(f"{name}: {left} elements are missing")
         self._left.pop()
         if self._tensor_hash is not None:
-            self.hashes[name] = self._tensor_hash.hexdigest()
-            self._tensor_hash = hashlib.sha256()
+            self._tensor_hashes[name], self._tensor_hash = self._tensor_hash, hashlib.sha256()
 
     def _check_due(self, name: str, given: tuple[torch.dtype | None, tuple[int, ...]]) -> None:
         if not self._left or name != self._left[-1] or given != self._entries[name]:
@@ -159,29 +166,43 @@ class TensorWriter:
             raise ValueError(f"{self._left[-1]} was not written")
         os.fsync(self._file.fileno())
         self._file.close()
-        self._hashing.shutdown()
+        self._catch_up(self._unhashed[0], 0)
         return FileFacts(self._size, self._hash.hexdigest())
+
+    def hashes(self) -> dict[str, str]:
+        """Hexadecimal SHA-256 of each tensor's bytes, where that was asked for.
+
+        It waits for them, so it is called within the `with` block.
+        """
+        self._catch_up(self._unhashed[1], 0)
+        return {name: each.hexdigest() for name, each in self._tensor_hashes.items()}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
-        self._hashing.shutdown()
+        for each in self._hashing:
+            each.shutdown(cancel_futures=True)
 
     def _put(self, content: memoryview) -> None:
         hashes = [self._hash] if self._tensor_hash is None else [self._hash, self._tensor_hash]
         for start in range(0, len(content), _CHUNK):
             chunk = content[start : start + _CHUNK]
-            beside = [self._hashing.submit(each.update, chunk) for each in hashes] if len(chunk) >= _WORTH_IT else []
+            for each, thread, unhashed in zip(hashes, self._hashing, self._unhashed, strict=False):
+                unhashed.append(thread.submit(each.update, chunk))
             self._size += len(chunk)
             left = chunk
             while left:  # a write may be cut short where the disk is nearly full; the next one says why
                 left = left[self._file.write(left) :]
-            for each in hashes if not beside else ():
-                each.update(chunk)
-            for future in beside:
-                future.result()
+            for unhashed in self._unhashed:
+                self._catch_up(unhashed, self._behind)
+
+    @staticmethod
+    def _catch_up(unhashed: deque[Future[None]], left: float) -> None:
+        """Waits until no more than so many chunks are not hashed yet."""
+        while len(unhashed) > left:
+            unhashed.popleft().result()
 
 
 class TensorReader:

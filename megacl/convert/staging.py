@@ -102,9 +102,9 @@ class Staging:
                     made = plan.make(tensor)
                     file.write(tensor, made)
                     progress(made.nbytes)
-                facts = file.close()
+                facts, hashes = file.close(), file.hashes()
                 _forget(path)
-            self._done[name] = WrittenFile(facts.size, facts.digest, file.hashes)
+            self._done[name] = WrittenFile(facts.size, facts.digest, hashes)
             self._note()
         return {name: self._done[name] for name in plan.files}
 

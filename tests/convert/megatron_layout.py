@@ -350,7 +350,9 @@ def pieces_of(name: str, tensor: torch.Tensor, parts: int) -> Iterator[tuple[lis
             yield [*front, *[0] * (piece.ndim - len(front))], piece
             continue
         cut = parts * (2 if "linear_fc1" in name else 1)
-        for index, share in enumerate(piece.chunk(cut, dim=axis)):
+        begin = 0
+        for share in piece.chunk(cut, dim=axis):  # the last one may be smaller
             offsets = [*front, *[0] * (piece.ndim - len(front))]
-            offsets[axis] = index * share.shape[axis]
+            offsets[axis] = begin
+            begin += share.shape[axis]
             yield offsets, share
