@@ -195,11 +195,12 @@ class Job:
     def task(self, rank: int) -> int:
         """The process of a rank."""
         conf = self.cluster.folder / "slurm.conf"
-        marks = {f"SLURM_CONF={conf}", f"SLURM_JOB_ID={self.number}", "SLURM_STEP_ID=0", f"SLURM_PROCID={rank}"}
+        marks = {f"SLURM_CONF={conf}", f"SLURM_JOB_ID={self.number}", f"SLURM_PROCID={rank}"}
         for process in sorted(int(path.name) for path in Path("/proc").glob("[0-9]*")):
             with contextlib.suppress(OSError):  # another user's, or gone meanwhile
-                environment = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace")
-                if marks <= set(environment.split("\0")):
+                environment = set(Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0"))
+                # The tasks of a step alone have its number; the job's script passes for rank 0 else.
+                if marks <= environment and any(each.startswith("SLURM_STEP_ID=") for each in environment):
                     return process
         raise AssertionError(f"job {self.number} has no rank {rank} running\n{self.log}")
 

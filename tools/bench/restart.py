@@ -1,7 +1,7 @@
 """Time lost per restart: from the end of an attempt to the first step of the next, of any run or of one made here.
 
     python tools/bench/restart.py RUN...            # what the attempts of runs have recorded
-    python tools/bench/restart.py --rounds 5        # starts the tests' SLURM of two nodes, and kills a rank so often
+    python tools/bench/restart.py --rounds 5        # starts the tests' SLURM, and kills a rank so often
 
 A line for each attempt behind the first, in seconds, and the median of each column:
 
@@ -58,7 +58,7 @@ def print_table(run_dir: Path) -> None:
 
 
 def measure(rounds: int, folder: Path) -> None:
-    """Kills a rank of a run on two nodes of a cluster on this machine, `rounds` times, and prints what that cost."""
+    """Kills one of two ranks of a run, on a cluster on this machine, `rounds` times, and prints what that cost."""
     sys.path.insert(0, str(ROOT / "tests" / "slurm"))
     from slurm_cluster import Cluster
     from small_run import DEEPSPEED, submit, train, write_run
@@ -66,7 +66,8 @@ def measure(rounds: int, folder: Path) -> None:
     write_run(folder, steps=100_000, checkpoint={"every_steps": 5}, evaluation={"sequences": 1})
     train(folder, "run.yaml", "run_dir=once", "phases[0].steps=1")  # which prepares the data
     with Cluster() as cluster:
-        two_ranks = (*DEEPSPEED, "cluster.tasks_per_node=1", "cluster.restart_seconds=0")
+        # On one node: of several, the one that loses ranks again and again is left out, and the job waits for another.
+        two_ranks = (*DEEPSPEED, "cluster.nodes=1", "cluster.tasks_per_node=2", "cluster.restart_seconds=0")
         job = submit(cluster, folder, "run.yaml", *two_ranks)
         for number in range(1, rounds + 2):
             began = time.monotonic()
