@@ -12,6 +12,7 @@ The format: 8 bytes with the header's length, little-endian; the header, JSON, {
 safetensors itself writes takes all tensors at once.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -117,8 +118,8 @@ class TensorWriter:
             self._put(memoryview(len(text).to_bytes(8, "little") + text))
             if self._tensor_hash is not None:
                 self._tensor_hash = hashlib.sha256()
-        except BaseException:
-            self.__exit__()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
 
     @property
@@ -127,7 +128,8 @@ class TensorWriter:
         return list(self._entries)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes the next tensor of `names`, from any device. It must stay as it is until the file is closed.
+        """Writes the next tensor of `names`, from any device. It must stay as it is until the file is closed
+        and, where there are `hashes`, until these are known.
 
         ValueError where it is another one than announced.
         """
@@ -180,10 +182,11 @@ class TensorWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: object = None, *error: object) -> None:
         for each in self._hashing:
             each.shutdown(cancel_futures=True)
+        with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():  # the first error counts
+            self._file.close()
 
     def _put(self, content: memoryview) -> None:
         hashes = [self._hash] if self._tensor_hash is None else [self._hash, self._tensor_hash]

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megacl.errors import MegaclError
 from megacl.parallel.ranks import Ranks
 
 _SIGN = struct.Struct("!IBI")
@@ -30,8 +31,8 @@ _SIGN = struct.Struct("!IBI")
 _ALIVE, _LAST, _MISSES = range(3)
 _ROOM = 1 << 22
 """Bytes for what rank 0 has not read yet, of which the system may grant less."""
-_LOOK = 1.0
-"""Seconds between two looks, at most."""
+_LOOK = 0.2
+"""Seconds between two looks, at most: so long may a run's end wait for the thread."""
 _UNANSWERED = 3
 """Signs without an answer after which a rank tries another way."""
 
@@ -107,18 +108,24 @@ class SignsOfLife:
 
     @contextlib.contextmanager
     def given(self) -> Iterator[None]:
-        """A block in which signs are given and heard. Its end is told to the others, unless it is an error."""
+        """A block in which signs are given and heard. Its end is told to the others, but for an error of this rank alone."""
         over = threading.Event()
         thread = threading.Thread(target=self._go_on, args=(over,), name="signs of life", daemon=True)
         if self._socket is not None:
             thread.start()
+        leaves = False
         try:
             yield
-            self._say_goodbye()
+            leaves = True
+        except MegaclError as error:
+            leaves = error.on_every_rank  # all leave alike, one of them later, perhaps, since it clears something away
+            raise
         finally:
             over.set()
             if thread.ident is not None:
                 thread.join()
+            if leaves:  # behind the thread's last sign
+                self._tell(_LAST)
             if self._socket is not None:
                 self._socket.close()
 
@@ -145,7 +152,6 @@ class SignsOfLife:
         if self._rank != 0 and now >= self._due and self._ways:
             self._due = max(self._due + self._every, now)
             if now - max(self._answered, self._heard.get(0, 0.0)) > _UNANSWERED * self._every:
-                self._answered = now
                 self._find_way()
             self._send(self._socket, self._addresses.get(0))
 
@@ -183,14 +189,13 @@ class SignsOfLife:
             return None  # nobody has listened meanwhile
         silent = {rank: now - moment for rank, moment in dict(self._heard).items() if now - moment > seconds}
         if self._rank == 0:
-            for address in list(self._addresses.values()):
-                for rank in silent:
-                    self._send(self._socket, address, _MISSES, rank)
+            for rank in silent:
+                self._tell(_MISSES, rank)
         found = {*silent, *self._missed}
         return Missed(tuple(sorted(found)), max(silent.values(), default=seconds)) if found else None
 
-    def _say_goodbye(self) -> None:
-        """This rank is not to be missed. Said more than once, since datagrams get lost."""
+    def _tell(self, kind: int, missed: int = 0) -> None:
+        """What is said once only, to all that this rank speaks with: three times, since datagrams get lost."""
         for _ in range(3):
             for address in list(self._addresses.values()):
-                self._send(self._socket, address, _LAST)
+                self._send(self._socket, address, kind, missed)

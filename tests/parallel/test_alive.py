@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megacl.errors import DataError
 from megacl.parallel.alive import Missed, SignsOfLife
 from megacl.parallel.ranks import Ranks
 
@@ -127,6 +128,30 @@ def test_one_that_ends_by_an_error_has_not_left(run: Run) -> None:
         raise ValueError("a bug")
     run.goes_on(0, 2, seconds=100)
     assert run.missed(0) == (1,)
+
+
+def test_one_that_ends_by_an_error_of_all_ranks_has_left(run: Run) -> None:
+    run.goes_on(0, 1, 2, seconds=30)
+    with pytest.raises(DataError), run.ranks[1].given():
+        raise DataError("the disk is full")
+    run.goes_on(0, 2, seconds=100)
+    assert run.missed(0) == ()
+
+
+def test_of_many_addresses_of_rank_0_the_one_that_answers_is_found_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = socket.getaddrinfo
+
+    def several(host: str, port: int, **how: Any) -> list[Any]:
+        nobody = [found(f"192.0.2.{last}", port, **how)[0] for last in range(1, 5)]
+        return [*nobody, *found(host, port, **how)]
+
+    monkeypatch.setattr("megacl.parallel.alive.socket.getaddrinfo", several)
+    run = Run(monkeypatch)
+    run.goes_on(0, 1, 2, seconds=120)
+    assert [run.missed(rank, 21) for rank in range(3)] == [(), (), ()]
+    run.goes_on(0, 2, seconds=40)
+    assert run.missed(0) == (1,)
+    run.close()
 
 
 def test_a_process_that_stood_still_itself_blames_nobody(run: Run) -> None:
