@@ -108,7 +108,7 @@ class SignsOfLife:
 
     @contextlib.contextmanager
     def given(self) -> Iterator[None]:
-        """A block in which signs are given and heard. Its end is told to the others, but for an error of this rank alone."""
+        """A block in which signs are given and heard. Its end is told, but for an error of this rank alone."""
         over = threading.Event()
         thread = threading.Thread(target=self._go_on, args=(over,), name="signs of life", daemon=True)
         if self._socket is not None:
