@@ -15,6 +15,12 @@ echo "srun at $MASTER_PORT" >>"$NOTES"
 read -r first <"$STATUSES"
 sed -i 1d "$STATUSES"
 [[ $first == told ]] && kill -USR1 "$PPID" && exit 75
+if [[ $first == deaf ]]; then # to the first two times that it is told
+    trap 'heard+=x' USR1
+    kill -USR1 "$PPID"
+    until [[ $heard == xxx* ]]; do /bin/sleep 0.05; done
+    exit 75
+fi
 exit "$first"
 """
 # It answers as job-end does, a line a call; with none left it fails.
@@ -123,6 +129,13 @@ def test_a_signal_that_the_time_is_up_makes_a_requeue_of_a_restart(tmp_path: Pat
     # It reaches srun too, which may end of it before it ends by itself.
     assert ran.notes[1] in [ASKED.format(status) for status in (75, 138)]
     assert (ran.notes[0], ran.notes[2:]) == ("srun", ["scontrol requeue 7"])
+
+
+def test_ranks_are_told_again_where_srun_has_lost_the_signal(tmp_path: Path) -> None:
+    ran = run_script(tmp_path, statuses=["deaf"], answers=["requeue 0"])
+    assert ran.status == 75, ran.log
+    assert ran.notes == ["srun", ASKED.format(75), "scontrol requeue 7"]
+    assert "Terminated" not in ran.log
 
 
 @pytest.mark.parametrize(("answers", "status"), [(["end 2"], 2), ([], 137)])
