@@ -61,7 +61,7 @@ class FileFacts:
     size: int
     """Bytes."""
     digest: str
-    """XXH3 of 128 bits of its content, hexadecimal. It finds every accident, at some eight times SHA-256's speed; that
+    """XXH3 of 128 bits of its content, hexadecimal. It finds every accident, several times as fast as SHA-256; that
     somebody meant to change a file it does not show, but then the manifest would be changed too."""
 
 

@@ -127,8 +127,9 @@ def test_a_step_allocates_what_was_estimated(form, shape, checkpointing, micro_b
     engine = EngineConfig(micro_batch_size=ROWS, loss_chunk=64, activation_checkpointing=checkpointing)
     said = estimate(config, engine, micro_batches=micro_batches).peak.total
     found = allocated(config, engine, micro_batches=micro_batches)
-    # On some processors oneDNN copies the matrix that it multiplies by into a layout of its own; on others it does not.
-    copied = 4 * max(weights.numel() for weights in build_model(config, seed=0, device="meta").parameters())
+    # Where a processor has no AVX-512, oneDNN copies the matrix that it multiplies by into a layout of its own.
+    largest = 4 * max(weights.numel() for weights in build_model(config, seed=0, device="meta").parameters())
+    copied = 0 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else largest
     assert 0.99 * said <= found <= 1.01 * said + copied
 
 
