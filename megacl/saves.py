@@ -22,7 +22,7 @@ from megacl.checkpoint import RunState
 from megacl.config import RunConfig
 from megacl.data.tokenizer import Tokenizer
 from megacl.engine import Engine
-from megacl.errors import DataError
+from megacl.errors import DataError, DivergedError
 from megacl.guard import Guard
 from megacl.lineage import Lineage, save_lineage
 from megacl.log import RunLog
@@ -89,7 +89,7 @@ class Saves:
             self._unsaved, self._left = None, self._error
 
     def save(self) -> None:
-        """Begins to save what was noted last, unless it is saved. Raises as `settle` does, and DivergedError."""
+        """Begins to save what was noted last, unless it is saved. Raises as `settle` does."""
         self.settle()
         if self._unsaved is None:
             return
@@ -109,7 +109,8 @@ class Saves:
     def settle(self, *, last: bool = False) -> None:
         """Waits until the save under way is published, if there is one.
 
-        last: raise DataError where it failed; else only where too many in a row have.
+        last: raise DataError where it failed; else only where too many in a row have. Raises DivergedError where a
+        number in it is not finite.
         """
         while self._under_way is not None:
             self._wait(self._under_way[0].step)
@@ -139,6 +140,9 @@ class Saves:
             (state, lineage), self._under_way = self._under_way, None
             self._lost(state, lineage, error, last=last)
             return
+        except DivergedError:
+            self._under_way = None
+            raise
         self._waited += time.perf_counter() - begun
         if saved is not None:
             self._under_way = None
@@ -147,8 +151,9 @@ class Saves:
     def _published(self, saved: Saved, *, last: bool) -> None:
         self._failed, self.last_good = 0, saved.path
         self._back_to = self._guard.back_to = saved.state.back_to
+        waited = self._waited + saved.held_up
         self._log.record(
-            "save", step=saved.state.step, bytes=saved.size, seconds=saved.seconds, waited=self._waited, error=None
+            "save", step=saved.state.step, bytes=saved.size, seconds=saved.seconds, waited=waited, error=None
         )
         try:
             with self._ranks.together():

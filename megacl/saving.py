@@ -1,27 +1,30 @@
 """Saving a checkpoint: copied to host memory, written by a thread while training goes on, published at a known step.
 
     saving = Saving(engine, ranks, run_dir, config=config, tokenizer=tokenizer)
-    saving.begin(state, lineage)            # copies; training may go on behind it
+    saving.begin(state, lineage)            # training may go on behind it
+    engine.step(...)                        # its forward and backward pass run beside the copying, its update behind it
     ...                                     # saving.written: this rank's part is on the disk, or could not be
     saving.advance()                        # where that is so on all ranks: they exchange what they wrote
     ...
     saved = saving.advance()                # it is published; saving.conclude() waits for all of it
 
-Every tensor has one owner among the ranks, which receives it whole and writes it into files of its own. All write into
-one hidden folder beside the checkpoint's name; rank 0 adds the small files and, at last, index and manifest. The
-threads say nothing to one another: what they did is exchanged in `advance`, which all ranks call at one step.
+Every tensor has one owner among the ranks, which receives it whole and writes it into files of its own. What an owner
+holds itself its thread copies, and only the engine's next update waits for that; what comes from other ranks travels in
+`begin`. All write into one hidden folder beside the checkpoint's name; rank 0 adds the small files and, at last, index
+and manifest. The threads say nothing to one another: what they did is exchanged in `advance`, which all ranks call at
+one step.
 """
 
+import contextlib
 import dataclasses
 import errno
-import heapq
 import json
 import math
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,18 +47,23 @@ from megacl.tensorfile import facts_of
 _WHAT = "a checkpoint"
 
 
-def owners_of(sizes: Mapping[str, int], owners: int) -> dict[str, int]:
-    """Who owns each tensor, 0 ... owners - 1: the largest first, each to who has least, the first of these.
+def owners_of(sizes: Mapping[str, int], holdings: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The rank that owns each tensor, so that little has to travel, and all own about as many bytes.
 
-    A function of names and sizes alone. No owner has more than a fair share and the largest tensor; none has nothing
-    while there are tensors enough.
+    sizes: elements of each tensor. holdings: for each rank, how many of them it holds, as `Engine.holdings`. The
+    largest tensors come first, each to the rank that holds most of it; of several, to the one that owns least yet, the
+    first of these. But no rank owns more than a fair share and the largest tensor: what would be too much goes to who
+    owns least. A function of these numbers and the names alone.
     """
-    loads = [(0, owner) for owner in range(owners)]
+    loads = [0] * len(holdings)
+    most = sum(sizes.values()) / len(loads) + max(sizes.values(), default=0)
     found = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        load, owner = heapq.heappop(loads)
+        held = [each.get(name, 0) for each in holdings]
+        ranks = [rank for rank, size in enumerate(held) if size == max(held) and loads[rank] + sizes[name] <= most]
+        owner = min(ranks or range(len(loads)), key=loads.__getitem__)
         found[name] = owner
-        heapq.heappush(loads, (load + sizes[name], owner))
+        loads[owner] += sizes[name]
     return found
 
 
@@ -69,7 +77,11 @@ class _Save:
     beside: Path
     """The folder that is renamed to it."""
     tensors: Mapping[str, Mapping[str, Tensor]]
-    """What this rank owns, by parameter and key, in host memory."""
+    """What this rank owns, by parameter and key, in host memory: there once it is copied."""
+    copies: list[tuple[Tensor, Tensor]]
+    """(into, source) of what is still to be copied."""
+    stream: torch.cuda.Stream | None
+    """In which it is copied, where there is a GPU."""
     owners: int
     outcome: Contents | Exception | None = None
     seconds: float = 0.0
@@ -77,6 +89,9 @@ class _Save:
     publishing: bool = False
     """Whether all have written, and rank 0 makes it a checkpoint."""
     given_up: bool = False
+    copied: threading.Event = field(default_factory=threading.Event)
+    held_up: float = 0.0
+    """Seconds for which the engine waited for the copying."""
     thread: threading.Thread = field(init=False)
 
 
@@ -95,10 +110,12 @@ class Saving:
     ) -> None:
         """permit: called on each rank's thread before it writes, and on rank 0's before it publishes; it may raise."""
         self._engine, self._ranks, self._run_dir, self._permit = engine, ranks, run_dir, permit
+        engine.before_change = self._finish_copying
         self._config, self._tokenizer = config, tokenizer
         self._save: _Save | None = None
         self._left: list[Path] = []  # of saves that failed where the disk refused to delete, too
         self._memory: dict[tuple[str, str], Tensor] = {}  # kept from save to save: new pages take longer than copying
+        self._owners: dict[str, int] = {}  # the same for every save
 
     @property
     def under_way(self) -> bool:
@@ -117,17 +134,19 @@ class Saving:
         return self.written
 
     def begin(self, state: RunState, lineage: Lineage) -> None:
-        """Copies the engine's state to host memory, each tensor to its owner, and starts to write it.
+        """Sends the engine's state to the owners, and starts to copy it to host memory and to write it.
 
-        No other save may be under way. Raises DivergedError where a number is not finite.
+        No other save may be under way. The engine's next change of its state waits until it is copied.
         """
         assert self._save is None, "a save is under way"
         engine, ranks = self._engine, self._ranks
         state = dataclasses.replace(state, optimizer_step=engine.optimizer_step, loss_scale=engine.loss_scale)
         path = checkpoint_path(self._run_dir, state.step)
-        sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
-        count = min(ranks.world_size, len(sizes))
+        if not self._owners:
+            sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
+            self._owners = owners_of(sizes, ranks.gather(engine.holdings()))
         before, self._memory = self._memory, {}
+        copies: list[tuple[Tensor, Tensor]] = []
 
         def room(name: str, key: str, shape: torch.Size) -> Tensor:
             kept = before.get((name, key))
@@ -136,23 +155,35 @@ class Saving:
             self._memory[name, key] = kept
             return self._memory[name, key]
 
-        owned = {name: tensors for name, tensors in engine.export_state(owners_of(sizes, count), room) if tensors}
-        with ranks.together():
-            self._check_finite(owned, state.step)
-        save = _Save(state, lineage, path, ranks.broadcast(name_beside(path)), owned, count)
-        self._save = save
+        def later(into: Tensor, source: Tensor) -> None:
+            copies.append((into, source))
+
+        owned = {name: tensors for name, tensors in engine.export_state(self._owners, room, later) if tensors}
+        stream = None
+        if torch.cuda.is_available():  # beside what the engine sends from here on, behind what it has sent
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+        beside = ranks.broadcast(name_beside(path))
+        self._save = save = _Save(state, lineage, path, beside, owned, copies, stream, ranks.world_size)
         self._start(save, partial(self._write, save))
 
-    def _check_finite(self, owned: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+    def _finish_copying(self) -> None:
+        """Waits until what is being saved may be changed in the engine."""
+        if (save := self._save) is not None and not save.copied.is_set():
+            begun = time.perf_counter()
+            save.copied.wait()
+            save.held_up += time.perf_counter() - begun
+
+    def _check_finite(self, save: _Save) -> None:
         for key in ("weight", "exp_avg", "exp_avg_sq", "anchor"):
-            for name, tensors in owned.items():
+            for name, tensors in save.tensors.items():
                 if key not in tensors or _is_finite(tensors[key]):
                     continue
                 known = list_checkpoints(self._run_dir)
                 good = f"the last good one is {known[-1]}" if known else "there is none yet"
                 raise DivergedError(
-                    f"step {step}: {tensor_name(name, key)} is not finite, and no checkpoint was made of it; {good}. "
-                    "Lower max_lr in a new run_dir."
+                    f"step {save.state.step}: {tensor_name(name, key)} is not finite, and no checkpoint was made of "
+                    f"it; {good}. Lower max_lr in a new run_dir."
                 )
 
     def _start(self, save: _Save, work: Callable[[], None]) -> None:
@@ -171,12 +202,20 @@ class Saving:
         save.thread.start()
 
     def _write(self, save: _Save) -> None:
-        """Writes this rank's files."""
+        """Copies what is left to copy, and writes this rank's files."""
 
         def goes_on() -> None:
             if save.given_up:
                 raise StoppedError(f"{save.path}: given up.")
 
+        try:
+            with torch.cuda.stream(save.stream) if save.stream else contextlib.nullcontext():
+                for into, source in save.copies:
+                    into.copy_(source)
+        finally:
+            save.copies.clear()
+            save.copied.set()
+        self._check_finite(save)
         self._permit()
         save.beside.mkdir(parents=True, exist_ok=True)
         rank = self._ranks.rank
@@ -195,7 +234,8 @@ class Saving:
         The first step is that the ranks exchange what they have written, and rank 0 begins to publish it: None. The
         second, that all learn that it is published. before_publishing: called on every rank; it may raise DataError.
         sync: called by rank 0's thread before it publishes; it may raise OSError.
-        Raises DataError on all ranks where one cannot write; then nothing is published, and nothing of it stays.
+        Raises on all ranks DivergedError where a number is not finite, DataError where one cannot write; then nothing
+        is published, and nothing of it stays.
         """
         save, ranks = self._save, self._ranks
         assert save is not None, "no save is under way"
@@ -204,16 +244,16 @@ class Saving:
             if isinstance(save.outcome, Exception) and not isinstance(save.outcome, MegaclError):
                 raise save.outcome
             outcomes = ranks.gather((save.outcome, save.seconds))
-            parts = []
-            for outcome, _ in outcomes:
-                if isinstance(outcome, MegaclError):
-                    raise outcome
-                parts.append(outcome)
+            errors = [outcome for outcome, _ in outcomes if isinstance(outcome, MegaclError)]
+            if errors:  # of several, the one that ends the run
+                raise min(errors, key=lambda error: not isinstance(error, DivergedError))
+            parts = [outcome for outcome, _ in outcomes]
             if save.publishing:
                 self._save = None
                 self._delete()
                 size = sum(facts.size for contents in parts for facts in contents.files.values())
-                return Saved(save.path, save.state, save.lineage, size, max(seconds for _, seconds in outcomes))
+                seconds = max(seconds for _, seconds in outcomes)
+                return Saved(save.path, save.state, save.lineage, size, seconds, save.held_up)
             with ranks.together():
                 before_publishing()
             save.publishing = True
@@ -263,7 +303,9 @@ class Saved:
     size: int
     """Bytes of all of its files but index and manifest."""
     seconds: float
-    """For which the rank that took longest wrote."""
+    """For which the rank that took longest copied and wrote."""
+    held_up: float
+    """Seconds for which the engine of this rank waited, before it changed its state, until that was copied."""
 
 
 def _is_finite(tensor: Tensor) -> bool:

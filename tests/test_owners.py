@@ -24,18 +24,61 @@ from tests.ranks import arranged, run_on_ranks
 SIZES = st.dictionaries(st.text(max_size=3), st.integers(1, 100), max_size=12)
 
 
-@given(SIZES, st.integers(1, 5), st.randoms())
-def test_owners_follow_from_names_and_sizes_alone_and_have_about_the_same(
-    sizes: dict[str, int], owners: int, random: Any
-) -> None:
-    found = owners_of(sizes, owners)
+@st.composite
+def sharded(draw: st.DrawFn) -> tuple[dict[str, int], list[dict[str, int]]]:
+    """Sizes of tensors, and how many elements of each the ranks hold; a rank may leave out what it has nothing of."""
+    sizes = draw(SIZES)
+    held = st.fixed_dictionaries({}, optional={name: st.integers(0, size) for name, size in sizes.items()})
+    return sizes, draw(st.lists(held, min_size=1, max_size=5))
+
+
+def loads_of(sizes: dict[str, int], found: dict[str, int], ranks: int) -> list[int]:
+    return [sum(size for name, size in sizes.items() if found[name] == rank) for rank in range(ranks)]
+
+
+@given(sharded(), st.randoms())
+def test_owners_do_not_depend_on_an_order_and_have_about_the_same(drawn: Any, random: Any) -> None:
+    sizes, holdings = drawn
+    found = owners_of(sizes, holdings)
     shuffled = list(sizes.items())
     random.shuffle(shuffled)
-    assert owners_of(dict(shuffled), owners) == found
+    assert owners_of(dict(shuffled), holdings) == found
     assert found.keys() == sizes.keys()
-    loads = [sum(size for name, size in sizes.items() if found[name] == owner) for owner in range(owners)]
-    assert max(loads) <= sum(sizes.values()) / owners + max(sizes.values(), default=0)
-    assert len({*found.values()}) == min(owners, len(sizes))
+    loads = loads_of(sizes, found, len(holdings))
+    assert max(loads) <= sum(sizes.values()) / len(holdings) + max(sizes.values(), default=0)
+
+
+@given(SIZES, st.integers(1, 5))
+def test_where_each_rank_holds_all_no_rank_owns_nothing(sizes: dict[str, int], ranks: int) -> None:
+    found = owners_of(sizes, [sizes] * ranks)
+    assert len({*found.values()}) == min(ranks, len(sizes))
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=12), st.integers(1, 5))
+def test_where_ranks_hold_stretches_of_all_tensors_end_to_end_what_travels_is_what_stretches_cut(
+    sizes: list[int], ranks: int
+) -> None:
+    """As ZeRO-1 and 2 shard a state: a rank may be sent pieces of no more tensors than there are cuts."""
+    stretch = -(-sum(sizes) // ranks)
+    ends = list(itertools.accumulate(sizes))
+    holdings = [
+        {
+            str(index): len({*range(end - size, end)} & {*range(rank * stretch, (rank + 1) * stretch)})
+            for index, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        }
+        for rank in range(ranks)
+    ]
+    named = {str(index): size for index, size in enumerate(sizes)}
+    found = owners_of(named, holdings)
+    sent = [name for name, size in named.items() if holdings[found[name]][name] < size]
+    whole = [name for name, size in named.items() if any(each[name] == size for each in holdings)]
+    assert not {*sent} & {*whole}
+    assert len(sent) <= ranks - 1
+
+
+def owners_for(engine: Engine, ranks: Ranks) -> dict[str, int]:
+    sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
+    return owners_of(sizes, ranks.gather(engine.holdings()))
 
 
 MODEL = ModelConfig(vocab_size=512, hidden_size=128, num_layers=8, num_attention_heads=4)
@@ -57,7 +100,7 @@ def export(ranks: Ranks, tp: int, **settings: Any) -> tuple[Any, Any, int]:
     ranks = arranged(ranks, tp, 1)
     engine = trained(ranks, **settings)
     whole = {name: state for name, state in engine.export_state() if state}
-    owners = owners_of({name: shape.numel() for name, shape in engine.shapes.items()}, ranks.world_size)
+    owners = owners_for(engine, ranks)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         own = {name: state for name, state in engine.export_state(owners) if state}
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -102,7 +145,7 @@ def save_and_load(ranks: Ranks, folder: Path, tp: int, **settings: Any) -> tuple
     """What this rank owns of a state, the same of an engine that has read it from files, and the bytes that it read."""
     ranks = arranged(ranks, tp, 1)
     engine = trained(ranks, **settings)
-    owners = owners_of({name: shape.numel() for name, shape in engine.shapes.items()}, ranks.world_size)
+    owners = owners_for(engine, ranks)
     before = {name: state for name, state in engine.export_state(owners) if state}
     parts = ranks.gather(write_tensors(folder, ranks.rank, ranks.world_size, before))
     if ranks.rank == 0:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.data.packing import PADDING
-from megacl.engine.gathering import Room, Stored, fresh_room
+from megacl.engine.gathering import Copy, Room, Stored, copy_at_once, fresh_room
 from megacl.engine.monitors import Monitors, Slice, UpdateWatch, assemble, part_of, watched
 from megacl.engine.replicas import compare_replicas
 from megacl.errors import CheckpointError, LaunchError
@@ -85,6 +85,8 @@ class Engine(ABC):
         self._steps = 0
         self.progress: Callable[[], None] = lambda: None
         """Called whenever a micro batch is done."""
+        self.before_change: Callable[[], None] = lambda: None
+        """Called before masters, moments or anchor change: who reads them beside the engine has until it returns."""
 
     def step(
         self,
@@ -123,6 +125,7 @@ class Engine(ABC):
             self._backward(part[0], last=index == len(micro_batches))
             sums += part.detach()
             self.progress()
+        self.before_change()
         set_rates(self._adam.param_groups, self._optimizer_config, lr, weight_decay)
         if logits is None:
             result = self._update(sums[1:], skip_above)
@@ -217,6 +220,7 @@ class Engine(ABC):
 
     def reset_optimizer(self) -> None:
         """Sets the moments and Adam's count of updates to zero; Reptile's anchor stays."""
+        self.before_change()
         for state in self._adam.state.values():
             for key in MOMENTS:
                 state[key].zero_()
@@ -259,6 +263,7 @@ class Engine(ABC):
         """
         if self._at_anchor:
             return
+        self.before_change()
         for master in self._masters():
             anchor = self._adam.state[master][ANCHOR]
             anchor.lerp_(master, epsilon)
@@ -282,15 +287,21 @@ class Engine(ABC):
 
     @abstractmethod
     def export_state(
-        self, owners: Mapping[str, int] | None = None, room: Room = fresh_room
+        self, owners: Mapping[str, int] | None = None, room: Room = fresh_room, copy: Copy = copy_at_once
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """(name, its state by `state_keys`) of one parameter after another, in the order of the model.
 
         The tensors are whole, fp32, on the CPU; "anchor" is there where Reptile has one that the weights have left.
         owners: the rank that is given a parameter's state, rank 0 where it names none; on the others it is empty, and
-        no rank has more than its own and one tensor. room: makes what a tensor is copied into. A collective: every rank
-        must go through all of it.
+        no rank has more than its own and one tensor. room: makes what a tensor is copied into. copy: is given what need
+        only be copied within this rank, and may do it later, but before `before_change` returns. A collective: every
+        rank must go through all of it.
         """
+
+    @abstractmethod
+    def holdings(self) -> dict[str, int]:
+        """How many elements of each parameter's state this rank holds; a parameter of which it has none may be left
+        out. It does not change."""
 
     def import_state(
         self,

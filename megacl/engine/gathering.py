@@ -24,6 +24,9 @@ from megacl.parallel.tensor import Shard
 
 Room = Callable[[str, str, torch.Size], Tensor]
 """(parameter, "weight" or what it is of Adam's state, shape) -> an fp32 tensor on the CPU, without gaps."""
+Copy = Callable[[Tensor, Tensor], None]
+"""(into, source): copies one tensor of the engine's own into another of the same shape, there and then or later, but
+before the source is changed."""
 
 
 class Stored(Protocol):
@@ -72,6 +75,11 @@ def fresh_room(name: str, key: str, shape: torch.Size) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
+def copy_at_once(into: Tensor, source: Tensor) -> None:
+    """`Copy` that is done when it returns."""
+    into.copy_(source)
+
+
 @dataclass(frozen=True)
 class Part:
     """A parameter as a rank's model has it: the whole, or its tensor-parallel part."""
@@ -101,10 +109,13 @@ def gather_at_owners(
     ranks: Ranks,
     owners: Mapping[str, int],
     room: Room,
+    copy: Copy = copy_at_once,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """(name, the whole state on the owner, elsewhere nothing) of each of `parts`, which are in one order on all ranks.
 
     A collective. Over the ranks of one tp_rank, what is held must cover each part; it may do so several times.
+    copy: copies what an owner itself holds of a tensor that is not cut by tensor parallelism; the rest is there when a
+    parameter's state is.
     """
     mine = [(held[part.name].offset, held[part.name].size) if part.name in held else (0, 0) for part in parts]
     layout = np.stack(ranks.gather(np.array(mine, np.int64).reshape(-1, 2)))  # rank, part, (offset, size)
@@ -116,7 +127,7 @@ def gather_at_owners(
             state = {}
             for place, key in enumerate(keys):
                 pieces = _Pieces(layout[:, index], held.get(part.name), key, ranks.rank, index * len(keys) + place)
-                state[key] = _whole(part, sources, pieces, partial(room, part.name, key))
+                state[key] = _whole(part, sources, pieces, partial(room, part.name, key), copy)
             yield part.name, state
         else:
             if any(ranks.rank in column for column in sources):
@@ -150,29 +161,31 @@ class _Pieces:
     rank: int
     tag: int
 
-    def fill(self, flat: Tensor, sources: Sequence[int]) -> None:
+    def fill(self, flat: Tensor, sources: Sequence[int], copy: Copy) -> None:
         works: list[Any] = []
         for source in sources:
             offset, size = self.layout[source].tolist()
             into = flat[offset : offset + size]
             if source == self.rank:
                 assert self.own is not None
-                into.copy_(self.own.state[self.key])
+                copy(into, self.own.state[self.key])
             else:
                 works.append(dist.irecv(into, source, tag=self.tag))
         for work in works:
             work.wait()
 
 
-def _whole(part: Part, sources: list[list[int]], pieces: _Pieces, room: Callable[[torch.Size], Tensor]) -> Tensor:
+def _whole(
+    part: Part, sources: list[list[int]], pieces: _Pieces, room: Callable[[torch.Size], Tensor], copy: Copy
+) -> Tensor:
     if part.shard is None:
         whole = room(part.shape)
-        pieces.fill(whole.view(-1), sources[0])
+        pieces.fill(whole.view(-1), sources[0], copy)
         return whole
     parts = []
     for column in sources:
         parts.append(torch.empty(part.shape, dtype=torch.float32))
-        pieces.fill(parts[-1].view(-1), column)
+        pieces.fill(parts[-1].view(-1), column, copy_at_once)  # joined in the next line
     return part.shard.join(parts, out=room(part.shard.whole_shape(part.shape)))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.engine.arithmetic import device_here, dtype_of
 from megacl.engine.base import Engine, StepResult
-from megacl.engine.gathering import Room, Stored, fresh_room, whole_of
+from megacl.engine.gathering import Copy, Room, Stored, copy_at_once, fresh_room, whole_of
 from megacl.engine.loss_scale import LossScale
 from megacl.engine.monitors import Slice
 from megacl.errors import LaunchError
@@ -87,11 +87,17 @@ class NativeEngine(Engine):
         return None if self._scale is None else (self._scale.value, self._scale.since_overflow)
 
     def export_state(
-        self, owners: Mapping[str, int] | None = None, room: Room = fresh_room
+        self, owners: Mapping[str, int] | None = None, room: Room = fresh_room, copy: Copy = copy_at_once
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name, parameter in self._model.named_parameters():
             whole = {"weight": parameter.detach(), **self._optimizer.state.get(parameter, {})}
-            yield name, {key: room(name, key, parameter.shape).copy_(whole[key]) for key in self.state_keys}
+            state = {key: room(name, key, parameter.shape) for key in self.state_keys}
+            for key, into in state.items():
+                copy(into, whole[key])
+            yield name, state
+
+    def holdings(self) -> dict[str, int]:
+        return {name: parameter.numel() for name, parameter in self._model.named_parameters()}
 
     def _writer(self) -> Callable[[str, nn.Parameter, Mapping[str, Tensor | Stored]], None]:
         return self._write

@@ -13,10 +13,12 @@ from megacl.engine import adapter
 from megacl.engine.arithmetic import dtype_of
 from megacl.engine.base import Engine, StepResult, part_shape
 from megacl.engine.gathering import (
+    Copy,
     Held,
     Part,
     Room,
     Stored,
+    copy_at_once,
     fresh_room,
     gather_at_owners,
     part_of,
@@ -139,7 +141,7 @@ class DeepSpeedEngine(Engine):
         return adapter.loss_scale(self._deepspeed) if self._config.precision == "fp16" else None
 
     def export_state(
-        self, owners: Mapping[str, int] | None = None, room: Room = fresh_room
+        self, owners: Mapping[str, int] | None = None, room: Room = fresh_room, copy: Copy = copy_at_once
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         if self._config.compare_replicas_every is not None:  # nothing is saved of replicas that differ
             compare_replicas(self._model, self._ranks)
@@ -148,7 +150,10 @@ class DeepSpeedEngine(Engine):
             for name, parameter in self._model.named_parameters()
         ]
         held = {piece.name: self._held(piece) for piece in adapter.slices_of(self._deepspeed)}
-        yield from gather_at_owners(parts, held, self.state_keys, self._ranks, owners or {}, room)
+        yield from gather_at_owners(parts, held, self.state_keys, self._ranks, owners or {}, room, copy)
+
+    def holdings(self) -> dict[str, int]:
+        return {piece.name: piece.size for piece in adapter.slices_of(self._deepspeed)}
 
     def _held(self, piece: Slice) -> Held:
         """What this rank has of a parameter's state: views of stretches of what its optimizer steps."""

@@ -8,7 +8,7 @@ take. All of them flush to the disk before they count as written (DeepSpeed does
 behind it, and the time counts).
 
     waited     for which a training loop stands still: the whole save, or, where it is written behind the loop's back,
-               the copy before and the publishing behind it
+               the copy before, as far as no step runs beside it, and the publishing behind it
     written    from the beginning until all bytes are on the disk, and for megacl published under the final name
     MB/s       of the bytes of the state, by `written` less the copy that comes before: what the disk is given
     to plain   MB/s beside the plain write's, round by round
@@ -78,7 +78,8 @@ def saver(kind: str, engine: Any, ranks: Any) -> Callable[[Path], Times]:
         return lambda folder: whole(lambda: save_by_deepspeed(engine._deepspeed, folder))
     from megacl.saving import owners_of
 
-    owners = owners_of({name: shape.numel() for name, shape in engine.shapes.items()}, ranks.world_size)
+    sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
+    owners = owners_of(sizes, ranks.gather(engine.holdings()))
     exported = engine.export_state(owners)
     state = {f"{key}.{name}": tensor for name, tensors in exported for key, tensor in tensors.items()}
     if kind == "plain write":
@@ -116,8 +117,13 @@ def megacl_saver(engine: Any, ranks: Any, *, training: bool) -> Callable[[Path],
 
     def save_and_wait(begun: float) -> Times:
         saving.begin(RunState(step=1), Lineage())
-        copied = time.perf_counter() - begun
-        waited, saved = copied, None
+        begun_in = time.perf_counter() - begun
+        if training:
+            copied = 0.0  # beside a step; not measured apart
+        else:
+            engine.before_change()  # as an update would wait
+            copied = time.perf_counter() - begun
+        waited, saved = begun_in, None
         while saved is None:
             while ranks.sum(np.array([float(saving.written)]))[0] < ranks.world_size:
                 if training:
@@ -127,7 +133,7 @@ def megacl_saver(engine: Any, ranks: Any, *, training: bool) -> Callable[[Path],
             ready = time.perf_counter()
             saved = saving.advance()
             waited += time.perf_counter() - ready
-        return {"waited": waited, "written": time.perf_counter() - begun, "copied": copied}
+        return {"waited": waited + saved.held_up, "written": time.perf_counter() - begun, "copied": copied}
 
     return save
 
