@@ -187,15 +187,17 @@ def _missing(name: str, *, device: str, half: bool) -> str | None:
 def _fastest(op: str, *, device: str, half: bool, compiled: bool) -> tuple[str, str]:
     """(implementation, why)."""
     triton = device == "cuda" and _missing("triton", device=device, half=half) is None
-    on_cpu = _missing("onednn", device=device, half=half) is None
+    onednn_runs = _missing("onednn", device=device, half=half) is None and onednn.is_faster()
     match op:
         case "linear_cross_entropy" if triton:
             return "triton", "all logits never exist at once, and one kernel does their softmax"
         case "linear_cross_entropy":
-            return "onednn" if on_cpu else "chunked", "all logits never exist at once"
-        case "linear" | "linear_gelu" if on_cpu and not compiled:
+            return "onednn" if onednn_runs else "chunked", "all logits never exist at once"
+        case "linear" | "linear_gelu" if onednn_runs and not compiled:
             return "onednn", "its products in fp32 are the faster ones"
         case "linear":
+            return "reference", "PyTorch's product"
+        case "linear_gelu" if device == "cpu" and not compiled:
             return "reference", "PyTorch's product"
         case "document_attention":
             if (missing := _missing("flash", device=device, half=half)) is None:

@@ -128,8 +128,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds: Tensor | None) -> Tensor:
         batch, length, _ = x_BTD.shape
-        heads_BHTE = self.qkv(x_BTD).view(batch, length, -1, self.head_size).transpose(1, 2)
-        qk_BHTE, v_BKTE = torch.split(heads_BHTE, [self.heads + self.kv_heads, self.kv_heads], dim=1)
+        heads_BTHE = self.qkv(x_BTD).view(batch, length, -1, self.head_size)
+        # Parted before they are turned, so that the gradient is put together in the order in which qkv takes it.
+        parts = torch.split(heads_BTHE, [self.heads + self.kv_heads, self.kv_heads], dim=2)
+        qk_BHTE, v_BKTE = (part_BTHE.transpose(1, 2) for part_BTHE in parts)
         if self.q_norm is None or self.k_norm is None:
             qk_BHTE = self.ops.rotary(qk_BHTE, cos_PR, sin_PR)
             q_BHTE, k_BKTE = torch.split(qk_BHTE, [self.heads, self.kv_heads], dim=1)

@@ -52,6 +52,24 @@ def test_on_a_cpu_nothing_is_interpreted():
     assert "triton" not in chosen(device="cpu").values()
 
 
+@pytest.mark.parametrize(
+    ("vendor", "mkl", "linear", "loss"),
+    [
+        ("GenuineIntel", True, "reference", "chunked"),
+        ("AuthenticAMD", True, "onednn", "onednn"),
+        ("GenuineIntel", False, "onednn", "onednn"),  # PyTorch would multiply by something slower
+        ("", True, "onednn", "onednn"),
+    ],
+)
+def test_on_a_cpu_products_are_mkls_on_its_makers_cores_and_else_onednns(vendor, mkl, linear, loss, monkeypatch):
+    monkeypatch.setattr(kernels.onednn, "_vendor", lambda: vendor)
+    monkeypatch.setattr(kernels.onednn, "available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    found = chosen(device="cpu", half=False)
+    assert (found["linear"], found["linear_gelu"], found["linear_cross_entropy"]) == (linear, linear, loss)
+    assert chosen(device="cpu", half=False, linear="onednn")["linear"] == "onednn"
+
+
 def test_each_choice_has_its_reason_and_an_override_says_so():
     ops = kernels.choose_kernels(device="cpu", half=False, compiled=False, overrides={"swiglu": "reference"})
     assert [choice.op for choice in ops.choices] == list(kernels.FORMS)
