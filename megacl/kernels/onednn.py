@@ -25,7 +25,7 @@ def is_faster() -> bool:
     It goes by the maker, not by a measurement: one that came out otherwise in a later process would have a run that
     goes on there add up in another order.
     """
-    return not (torch.backends.mkl.is_available() and _vendor() == "GenuineIntel")
+    return not (torch._C.has_mkl and _vendor() == "GenuineIntel")
 
 
 @functools.cache
