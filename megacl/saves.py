@@ -94,7 +94,7 @@ class Saves:
         if self._unsaved is None:
             return
         begun = time.perf_counter()
-        with self._resting(f"copying the state of step {self._unsaved[0].step}"):
+        with self._resting(f"sending the state of step {self._unsaved[0].step} to who saves it"):
             self._saving.begin(*self._unsaved)
         self._under_way, self._unsaved = self._unsaved, None
         self._waited = time.perf_counter() - begun

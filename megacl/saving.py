@@ -45,22 +45,25 @@ from megacl.publish import delete_folder, disk_errors, flush_folder, name_beside
 from megacl.tensorfile import facts_of
 
 _WHAT = "a checkpoint"
+_ABOUT = 0.9
+"""Of the most that any rank holds of a tensor: at ZeRO-3 the last rank's shard is smaller by a few elements."""
 
 
 def owners_of(sizes: Mapping[str, int], holdings: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """The rank that owns each tensor, so that little has to travel, and all own about as many bytes.
 
     sizes: elements of each tensor. holdings: for each rank, how many of them it holds, as `Engine.holdings`. The
-    largest tensors come first, each to the rank that holds most of it; of several, to the one that owns least yet, the
-    first of these. But no rank owns more than a fair share and the largest tensor: what would be too much goes to who
-    owns least. A function of these numbers and the names alone.
+    largest tensors come first, each to a rank that holds about as much of it as any does, of these to the one that
+    owns least yet, the first of several. But no rank owns more than a fair share and the largest tensor: what would be
+    too much goes to who owns least. A function of these numbers and the names alone.
     """
     loads = [0] * len(holdings)
     most = sum(sizes.values()) / len(loads) + max(sizes.values(), default=0)
     found = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         held = [each.get(name, 0) for each in holdings]
-        ranks = [rank for rank, size in enumerate(held) if size == max(held) and loads[rank] + sizes[name] <= most]
+        enough = _ABOUT * max(held)
+        ranks = [rank for rank, size in enumerate(held) if size >= enough and loads[rank] + sizes[name] <= most]
         owner = min(ranks or range(len(loads)), key=loads.__getitem__)
         found[name] = owner
         loads[owner] += sizes[name]
@@ -110,7 +113,6 @@ class Saving:
     ) -> None:
         """permit: called on each rank's thread before it writes, and on rank 0's before it publishes; it may raise."""
         self._engine, self._ranks, self._run_dir, self._permit = engine, ranks, run_dir, permit
-        engine.before_change = self._finish_copying
         self._config, self._tokenizer = config, tokenizer
         self._save: _Save | None = None
         self._left: list[Path] = []  # of saves that failed where the disk refused to delete, too
@@ -140,6 +142,8 @@ class Saving:
         """
         assert self._save is None, "a save is under way"
         engine, ranks = self._engine, self._ranks
+        engine.before_change()  # whoever else reads the engine's state may still do so
+        engine.before_change = self._finish_copying
         state = dataclasses.replace(state, optimizer_step=engine.optimizer_step, loss_scale=engine.loss_scale)
         path = checkpoint_path(self._run_dir, state.step)
         if not self._owners:
@@ -163,15 +167,18 @@ class Saving:
         if torch.cuda.is_available():  # beside what the engine sends from here on, behind what it has sent
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
-        beside = ranks.broadcast(name_beside(path))
+        beside = ranks.gather(name_beside(path))[0]  # which waits for who has more to send, as long as that takes
         self._save = save = _Save(state, lineage, path, beside, owned, copies, stream, ranks.world_size)
         self._start(save, partial(self._write, save))
 
     def _finish_copying(self) -> None:
         """Waits until what is being saved may be changed in the engine."""
         if (save := self._save) is not None and not save.copied.is_set():
-            begun = time.perf_counter()
-            save.copied.wait()
+            begun, left = time.perf_counter(), len(save.copies)
+            while not save.copied.wait(1.0):
+                if len(save.copies) < left:  # new pages of memory may take long on a CPU
+                    left = len(save.copies)
+                    self._engine.progress()
             save.held_up += time.perf_counter() - begun
 
     def _check_finite(self, save: _Save) -> None:
@@ -209,9 +216,13 @@ class Saving:
                 raise StoppedError(f"{save.path}: given up.")
 
         try:
+            if save.stream is not None:  # which device is the current one, each thread knows for itself
+                torch.cuda.set_device(save.stream.device)
             with torch.cuda.stream(save.stream) if save.stream else contextlib.nullcontext():
-                for into, source in save.copies:
+                while save.copies:
+                    into, source = save.copies[-1]
                     into.copy_(source)
+                    save.copies.pop()
         finally:
             save.copies.clear()
             save.copied.set()
@@ -243,17 +254,16 @@ class Saving:
         try:
             if isinstance(save.outcome, Exception) and not isinstance(save.outcome, MegaclError):
                 raise save.outcome
-            outcomes = ranks.gather((save.outcome, save.seconds))
-            errors = [outcome for outcome, _ in outcomes if isinstance(outcome, MegaclError)]
+            outcomes, seconds, held_up = zip(*ranks.gather((save.outcome, save.seconds, save.held_up)), strict=True)
+            errors = [outcome for outcome in outcomes if isinstance(outcome, MegaclError)]
             if errors:  # of several, the one that ends the run
                 raise min(errors, key=lambda error: not isinstance(error, DivergedError))
-            parts = [outcome for outcome, _ in outcomes]
+            parts = list(outcomes)
             if save.publishing:
                 self._save = None
                 self._delete()
                 size = sum(facts.size for contents in parts for facts in contents.files.values())
-                seconds = max(seconds for _, seconds in outcomes)
-                return Saved(save.path, save.state, save.lineage, size, seconds, save.held_up)
+                return Saved(save.path, save.state, save.lineage, size, max(seconds), max(held_up))
             with ranks.together():
                 before_publishing()
             save.publishing = True
@@ -305,7 +315,8 @@ class Saved:
     seconds: float
     """For which the rank that took longest copied and wrote."""
     held_up: float
-    """Seconds for which the engine of this rank waited, before it changed its state, until that was copied."""
+    """Seconds for which an engine waited, before it changed its state, until that was copied, on the rank where it
+    waited longest."""
 
 
 def _is_finite(tensor: Tensor) -> bool:

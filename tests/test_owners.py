@@ -54,6 +54,19 @@ def test_where_each_rank_holds_all_no_rank_owns_nothing(sizes: dict[str, int], r
     assert len({*found.values()}) == min(ranks, len(sizes))
 
 
+@pytest.mark.parametrize("ranks", [3, 5, 7])
+def test_where_each_rank_holds_about_as_much_of_every_tensor_all_own_about_as_many_bytes(ranks: int) -> None:
+    """As ZeRO-3 shards a state: in equal parts, but that the last one may be cut short."""
+    sizes = {f"{kind}{layer}": size for layer in range(8) for kind, size in (("qkv", 3072), ("up", 4096), ("norm", 1))}
+    sizes = {name: 1024 * size for name, size in sizes.items()}
+    part = {name: -(-size // ranks) for name, size in sizes.items()}
+    holdings = [
+        {name: min(part[name], size - rank * part[name]) for name, size in sizes.items()} for rank in range(ranks)
+    ]
+    loads = loads_of(sizes, owners_of(sizes, holdings), ranks)
+    assert max(loads) <= min(loads) + max(sizes.values())
+
+
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=12), st.integers(1, 5))
 def test_where_ranks_hold_stretches_of_all_tensors_end_to_end_what_travels_is_what_stretches_cut(
     sizes: list[int], ranks: int

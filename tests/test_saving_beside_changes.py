@@ -1,5 +1,7 @@
 """What is saved is the state where the save began, though the engine is told to change it while it is copied."""
 
+import errno
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from conftest import Prepared
 
 from megacl.checkpoint import RunState, list_checkpoints, open_checkpoint, verify_checkpoint
@@ -14,6 +17,8 @@ from megacl.checkpoint_files import TensorFiles, tensor_name
 from megacl.config import EngineConfig, OptimizerConfig
 from megacl.configfile import from_tree
 from megacl.engine import Engine, build_engine
+from megacl.engine.adapter import slices_of
+from megacl.errors import MegaclError
 from megacl.model.gpt import build_model
 from megacl.parallel.ranks import Ranks
 from megacl.saving import Saving
@@ -34,6 +39,9 @@ def made(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return list_checkpoints(run_dir)[-1]
 
 
+CHANGES = ("update", "outer update", "reset", "load")
+
+
 def change(engine: Engine, how: str, made: Path) -> None:
     match how:
         case "update":
@@ -46,9 +54,8 @@ def change(engine: Engine, how: str, made: Path) -> None:
             open_checkpoint(made).load_into(engine)
 
 
-def saved_beside(ranks: Ranks, made: Path, run_dir: Path, how: str, tp: int, **settings: Any) -> dict[str, Any]:
-    """Saves, and changes the engine before anything is copied; then the same again into the same memory."""
-    ranks = arranged(ranks, tp, 1)
+def to_save(ranks: Ranks, made: Path, run_dir: Path, tp: int = 1, **settings: Any) -> tuple[Engine, Saving]:
+    """An engine with a checkpoint in it, and what saves it into another run directory."""
     checkpoint = open_checkpoint(made)
     model = build_model(checkpoint.config.model, seed=0, device="meta")
     kind = "native" if ranks.world_size == 1 else "deepspeed"
@@ -56,13 +63,24 @@ def saved_beside(ranks: Ranks, made: Path, run_dir: Path, how: str, tp: int, **s
     engine = build_engine(model, engine=config, optimizer=OptimizerConfig(), ranks=ranks)
     checkpoint.load_into(engine)
     saving = Saving(engine, ranks, run_dir, config=checkpoint.config, tokenizer=checkpoint.tokenizer())
-    changing = threading.Event()
+    return engine, saving
+
+
+def saved_beside(ranks: Ranks, made: Path, run_dir: Path, how: str, tp: int, **settings: Any) -> dict[str, Any]:
+    """Saves, and changes the engine before anything is copied; then the same again into the same memory."""
+    ranks = arranged(ranks, tp, 1)
+    engine, saving = to_save(ranks, made, run_dir, tp, **settings)
+    about_to_change = threading.Event()
     original = Saving._write
 
     def slow(saving: Saving, save: Any) -> None:
-        assert changing.wait(60)
-        threading.Event().wait(0.2)  # for which an engine that does not wait would have time
+        about_to_change.wait(5)  # an engine that does not say so has changed by then
+        threading.Event().wait(0.2)  # for which one that says so, and does not wait, has time
         original(saving, save)
+
+    def asked() -> None:
+        about_to_change.set()
+        saving._finish_copying()
 
     held_up = 0.0
     for step in (1, 2):
@@ -71,11 +89,12 @@ def saved_beside(ranks: Ranks, made: Path, run_dir: Path, how: str, tp: int, **s
         before = {
             tensor_name(name, key): tensor for name, state in engine.export_state() for key, tensor in state.items()
         }
-        changing.clear()
+        about_to_change.clear()
         with patch.object(Saving, "_write", slow):
-            saving.begin(RunState(step=step), checkpoint.lineage)
-            changing.set()
+            saving.begin(RunState(step=step), open_checkpoint(made).lineage)
+            engine.before_change = asked
             change(engine, how, made)
+            engine.before_change = saving._finish_copying
             saved = saving.conclude()
         held_up += saved.held_up
         if ranks.rank == 0:
@@ -87,25 +106,82 @@ def saved_beside(ranks: Ranks, made: Path, run_dir: Path, how: str, tp: int, **s
     return {"held_up": held_up, "files": len(list(saved.path.glob("weights-*")))}
 
 
-@pytest.mark.parametrize("how", ["update", "outer update", "reset", "load"])
+@pytest.mark.parametrize("how", CHANGES)
 def test_what_is_saved_is_what_was_there_when_the_save_began(made: Path, tmp_path: Path, how: str) -> None:
     assert saved_beside(Ranks(), made, tmp_path, how, 1)["held_up"] > 0
 
 
 CASES = [
-    (2, 1, {"zero_stage": 1}),
-    (2, 1, {"zero_stage": 1, "precision": "bf16"}),
-    pytest.param(2, 1, {"zero_stage": 0}, marks=pytest.mark.long),
-    pytest.param(2, 1, {"zero_stage": 2, "offload_optimizer": True}, marks=pytest.mark.long),
-    pytest.param(2, 1, {"zero_stage": 3}, marks=pytest.mark.long),
-    pytest.param(4, 2, {"zero_stage": 1}, marks=pytest.mark.long),
+    *((2, 1, {"zero_stage": 1}, how) for how in CHANGES),
+    (2, 1, {"zero_stage": 1, "precision": "bf16"}, "update"),
+    *(
+        pytest.param(world, tp, settings, how, marks=pytest.mark.long)
+        for world, tp, settings in [
+            (2, 1, {"zero_stage": 0}),
+            (2, 1, {"zero_stage": 2, "offload_optimizer": True}),
+            (2, 1, {"zero_stage": 3}),
+            (4, 2, {"zero_stage": 1}),
+        ]
+        for how in ("update", "load")
+    ),
 ]
 
 
-@pytest.mark.parametrize(("world", "tp", "settings"), CASES, ids=str)
-@pytest.mark.parametrize("how", ["update", "load"])
+@pytest.mark.parametrize(("world", "tp", "settings", "how"), CASES, ids=str)
 def test_on_several_ranks_too(made: Path, tmp_path: Path, world: int, tp: int, settings: Any, how: str) -> None:
-    results = run_on_ranks(world, saved_beside, made, tmp_path, how, tp, **settings)
-    assert all(each["files"] == world for each in results)
-    if settings["zero_stage"] < 3:  # whose every tensor travels, and is there when the save has begun
-        assert any(each["held_up"] > 0 for each in results)
+    for each in run_on_ranks(world, saved_beside, made, tmp_path, how, tp, **settings):
+        assert each["files"] == world
+        assert each["held_up"] > 0
+
+
+def broken_on_one_rank(ranks: Ranks, made: Path, run_dir: Path, full: int | None) -> tuple[str, str]:
+    """What is said of a save of which the last rank owns an infinite weight, and rank `full` cannot write."""
+    engine, saving = to_save(ranks, made, run_dir, zero_stage=1)
+    name = next(name for name, size in reversed(engine.holdings().items()) if size == engine.shapes[name].numel())
+    if ranks.rank == ranks.world_size - 1:
+        engine._held(next(each for each in slices_of(engine._deepspeed) if each.name == name)).state["weight"][0] = (
+            math.inf
+        )
+    saving._permit = refuse if ranks.rank == full else lambda: None
+    saving.begin(RunState(step=7), open_checkpoint(made).lineage)
+    try:
+        saving.conclude()
+    except MegaclError as error:
+        return type(error).__name__, str(error)
+    return "saved", ""
+
+
+def refuse() -> None:
+    raise OSError(errno.ENOSPC, "full")
+
+
+@pytest.mark.parametrize("full", [None, 0])
+def test_a_number_that_is_not_finite_on_one_rank_ends_the_save_on_all_whatever_else_fails(
+    made: Path, tmp_path: Path, full: int | None
+) -> None:
+    results = run_on_ranks(2, broken_on_one_rank, made, tmp_path, full)
+    assert results[0] == results[1]
+    kind, said = results[0]
+    assert kind == "DivergedError"
+    assert "step 7: " in said
+    assert "is not finite, and no checkpoint was made of it; there is none yet." in said
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_what_cannot_be_copied_fails_the_save_and_holds_up_nothing(made: Path, tmp_path: Path) -> None:
+    engine, saving = to_save(Ranks(), made, tmp_path)
+    copy = torch.Tensor.copy_
+
+    def failing(into: torch.Tensor, source: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if threading.current_thread().name == "save 7":
+            raise RuntimeError("no memory")
+        return copy(into, source, *arguments)
+
+    with patch.object(torch.Tensor, "copy_", failing):
+        saving.begin(RunState(step=7), open_checkpoint(made).lineage)
+        assert engine.step(TOKENS, 1e-2).applied
+        with pytest.raises(RuntimeError, match="no memory"):
+            saving.conclude()
+    assert not list(tmp_path.glob("checkpoints/*"))
+    saving.begin(RunState(step=8), open_checkpoint(made).lineage)
+    assert verify_checkpoint(saving.conclude().path) == []

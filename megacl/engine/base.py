@@ -86,7 +86,8 @@ class Engine(ABC):
         self.progress: Callable[[], None] = lambda: None
         """Called whenever a micro batch is done."""
         self.before_change: Callable[[], None] = lambda: None
-        """Called before masters, moments or anchor change: who reads them beside the engine has until it returns."""
+        """Called before masters, moments or anchor are changed in place: who reads them beside the engine has until it
+        returns."""
 
     def step(
         self,

@@ -146,7 +146,8 @@ def choose_kernels(*, device: str, half: bool, compiled: bool, overrides: Mappin
 def choices_of_kernels(*, device: str, half: bool, compiled: bool, overrides: Mapping[str, str]) -> tuple[Choice, ...]:
     """The fastest implementation of each op, or the one that `overrides` names.
 
-    On a CPU that is what tools/bench/kernels.py measured to be the fastest there. On a GPU it is our Triton kernels
+    On a CPU that is what tools/bench/kernels.py measured to be the fastest there, by the CPU's maker where that
+    decides. On a GPU it is our Triton kernels
     where Triton is installed. Under torch.compile, what the compiler fuses by itself (norms, rotary, activations) is
     left to it, as the reference; it does not see that the loss can be computed in chunks, so that stays a kernel.
 

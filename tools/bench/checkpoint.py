@@ -118,11 +118,9 @@ def megacl_saver(engine: Any, ranks: Any, *, training: bool) -> Callable[[Path],
     def save_and_wait(begun: float) -> Times:
         saving.begin(RunState(step=1), Lineage())
         begun_in = time.perf_counter() - begun
-        if training:
-            copied = 0.0  # beside a step; not measured apart
-        else:
+        if not training:
             engine.before_change()  # as an update would wait
-            copied = time.perf_counter() - begun
+        copied = time.perf_counter() - begun
         waited, saved = begun_in, None
         while saved is None:
             while ranks.sum(np.array([float(saving.written)]))[0] < ranks.world_size:
