@@ -147,9 +147,9 @@ def choices_of_kernels(*, device: str, half: bool, compiled: bool, overrides: Ma
     """The fastest implementation of each op, or the one that `overrides` names.
 
     On a CPU that is what tools/bench/kernels.py measured to be the fastest there, by the CPU's maker where that
-    decides. On a GPU it is our Triton kernels
-    where Triton is installed. Under torch.compile, what the compiler fuses by itself (norms, rotary, activations) is
-    left to it, as the reference; it does not see that the loss can be computed in chunks, so that stays a kernel.
+    decides. On a GPU it is our Triton kernels where Triton is installed. Under torch.compile, what the compiler fuses
+    by itself (norms, rotary, activations) is left to it, as the reference; it does not see that the loss can be
+    computed in chunks, so that stays a kernel.
 
     device: "cpu" or "cuda"; where there is no GPU, one of compute capability 8.0 with Triton is meant. half: on values
     of 16 bits. compiled: inside graphs of torch.compile. Raises ConfigError where an override names what there is not,
