@@ -70,6 +70,12 @@ def owners_of(sizes: Mapping[str, int], holdings: Sequence[Mapping[str, int]]) -
     return found
 
 
+def owners_among(ranks: Ranks, engine: Engine) -> dict[str, int]:
+    """`owners_of` of an engine's parameters, by name: the same for every save. A collective."""
+    sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
+    return owners_of(sizes, ranks.gather(engine.holdings()))
+
+
 @dataclass
 class _Save:
     """A save under way, on one rank."""
@@ -146,9 +152,7 @@ class Saving:
         engine.before_change = self._finish_copying
         state = dataclasses.replace(state, optimizer_step=engine.optimizer_step, loss_scale=engine.loss_scale)
         path = checkpoint_path(self._run_dir, state.step)
-        if not self._owners:
-            sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
-            self._owners = owners_of(sizes, ranks.gather(engine.holdings()))
+        self._owners = self._owners or owners_among(ranks, engine)
         before, self._memory = self._memory, {}
         copies: list[tuple[Tensor, Tensor]] = []
 
@@ -215,17 +219,7 @@ class Saving:
             if save.given_up:
                 raise StoppedError(f"{save.path}: given up.")
 
-        try:
-            if save.stream is not None:  # which device is the current one, each thread knows for itself
-                torch.cuda.set_device(save.stream.device)
-            with torch.cuda.stream(save.stream) if save.stream else contextlib.nullcontext():
-                while save.copies:
-                    into, source = save.copies[-1]
-                    into.copy_(source)
-                    save.copies.pop()
-        finally:
-            save.copies.clear()
-            save.copied.set()
+        _copy(save)
         self._check_finite(save)
         self._permit()
         save.beside.mkdir(parents=True, exist_ok=True)
@@ -317,6 +311,21 @@ class Saved:
     held_up: float
     """Seconds for which an engine waited, before it changed its state, until that was copied, on the rank where it
     waited longest."""
+
+
+def _copy(save: _Save) -> None:
+    """Copies what is left to copy, in the save's thread, and lets the engine go on in any case."""
+    try:
+        if save.stream is not None:  # which device is the current one, each thread knows for itself
+            torch.cuda.set_device(save.stream.device)
+        with torch.cuda.stream(save.stream) if save.stream else contextlib.nullcontext():
+            while save.copies:
+                into, source = save.copies[-1]
+                into.copy_(source)
+                save.copies.pop()
+    finally:
+        save.copies.clear()
+        save.copied.set()
 
 
 def _is_finite(tensor: Tensor) -> bool:

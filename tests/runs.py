@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from megacl.checkpoint import list_checkpoints
+from megacl.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+from megacl.config import EngineConfig, OptimizerConfig
+from megacl.engine import Engine, build_engine
+from megacl.model.gpt import build_model
+from megacl.parallel.ranks import Ranks
+from megacl.saving import Saving
 
 WEIGHTS, OPTIMIZER, REPTILE = (f"{kind}-00000-of-00001.safetensors" for kind in ("weights", "optimizer", "reptile"))
 """The files of a checkpoint that one rank has made."""
@@ -64,3 +69,17 @@ def command_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[i
         sys.argv = before
     out, err = capsys.readouterr()
     return int(status), out, err
+
+
+def to_save(
+    ranks: Ranks, made: Path, run_dir: Path, tensor_parallel: int = 1, **settings: Any
+) -> tuple[Engine, Saving, Checkpoint]:
+    """A checkpoint in an engine of these ranks, what saves it into another run directory, and the checkpoint."""
+    checkpoint = open_checkpoint(made)
+    model = build_model(checkpoint.config.model, seed=0, device="meta")
+    kind = "native" if ranks.world_size == 1 else "deepspeed"
+    config = EngineConfig(kind=kind, tensor_parallel=tensor_parallel, **settings)
+    engine = build_engine(model, engine=config, optimizer=OptimizerConfig(), ranks=ranks)
+    checkpoint.load_into(engine)
+    saving = Saving(engine, ranks, run_dir, config=checkpoint.config, tokenizer=checkpoint.tokenizer())
+    return engine, saving, checkpoint

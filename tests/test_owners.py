@@ -17,7 +17,7 @@ from megacl.engine import Engine, build_engine
 from megacl.model.config import ModelConfig
 from megacl.model.gpt import build_model, count_parameters
 from megacl.parallel.ranks import Ranks
-from megacl.saving import owners_of
+from megacl.saving import owners_among, owners_of
 from megacl.tensorfile import TensorReader
 from tests.ranks import arranged, run_on_ranks
 
@@ -89,11 +89,6 @@ def test_where_ranks_hold_stretches_of_all_tensors_end_to_end_what_travels_is_wh
     assert len(sent) <= ranks - 1
 
 
-def owners_for(engine: Engine, ranks: Ranks) -> dict[str, int]:
-    sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
-    return owners_of(sizes, ranks.gather(engine.holdings()))
-
-
 MODEL = ModelConfig(vocab_size=512, hidden_size=128, num_layers=8, num_attention_heads=4)
 LARGEST = 4 * 4 * 128 * 128  # bytes of an MLP's matrix, and of the embedding
 
@@ -113,7 +108,7 @@ def export(ranks: Ranks, tp: int, **settings: Any) -> tuple[Any, Any, int]:
     ranks = arranged(ranks, tp, 1)
     engine = trained(ranks, **settings)
     whole = {name: state for name, state in engine.export_state() if state}
-    owners = owners_for(engine, ranks)
+    owners = owners_among(ranks, engine)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         own = {name: state for name, state in engine.export_state(owners) if state}
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -158,7 +153,7 @@ def save_and_load(ranks: Ranks, folder: Path, tp: int, **settings: Any) -> tuple
     """What this rank owns of a state, the same of an engine that has read it from files, and the bytes that it read."""
     ranks = arranged(ranks, tp, 1)
     engine = trained(ranks, **settings)
-    owners = owners_for(engine, ranks)
+    owners = owners_among(ranks, engine)
     before = {name: state for name, state in engine.export_state(owners) if state}
     parts = ranks.gather(write_tensors(folder, ranks.rank, ranks.world_size, before))
     if ranks.rank == 0:

@@ -17,11 +17,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from conftest import Prepared
-from runs import last_state, losses, metrics
+from runs import last_state, losses, metrics, to_save
 
 from megacl import saves, saving, trainer
 from megacl.checkpoint import (
-    Checkpoint,
     RunState,
     find_checkpoint,
     list_checkpoints,
@@ -33,7 +32,6 @@ from megacl.config import RunConfig
 from megacl.configfile import from_tree
 from megacl.errors import DataError, DivergedError
 from megacl.lineage import load_lineage
-from megacl.model.gpt import build_model
 from megacl.parallel.ranks import Ranks
 from megacl.trainer import train
 from tests.ranks import run_on_ranks
@@ -412,25 +410,10 @@ def test_a_kill_inside_a_save_leaves_no_checkpoint_and_the_run_goes_on_as_if_und
 # ---------------------------------------------------------------------------------------------- several ranks
 
 
-def to_save_again(ranks: Ranks, made: Path, run_dir: Path) -> tuple[saving.Saving, Checkpoint]:
-    """A checkpoint in an engine of these ranks, and what saves it into another run directory."""
-    from megacl.config import EngineConfig, OptimizerConfig
-    from megacl.engine import build_engine
-
-    checkpoint = open_checkpoint(made)
-    model = build_model(checkpoint.config.model, seed=0, device="meta")
-    engine = build_engine(
-        model, engine=EngineConfig(kind="deepspeed", zero_stage=2), optimizer=OptimizerConfig(), ranks=ranks
-    )
-    checkpoint.load_into(engine)
-    held = saving.Saving(engine, ranks, run_dir, config=checkpoint.config, tokenizer=checkpoint.tokenizer())
-    return held, checkpoint
-
-
 def save_on_ranks(ranks: Ranks, made: Path, run_dir: Path, failing: int | None) -> tuple[str, int]:
     """Saves twice; where rank `failing` cannot write, the first time. What is said of the first, and the files of the
     second."""
-    held, checkpoint = to_save_again(ranks, made, run_dir)
+    _, held, checkpoint = to_save(ranks, made, run_dir, zero_stage=2)
     said = "saved"
     with writing(refusing(1) if ranks.rank == failing else lambda folder: None):
         for step in (1, 2):
@@ -457,7 +440,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_the_next_one_succeed
 
 def give_up_on_ranks(ranks: Ranks, made: Path, run_dir: Path) -> None:
     """Saves, and gives up while rank 0 publishes: as where the others hear at once that one of them has died."""
-    held, checkpoint = to_save_again(ranks, made, run_dir)
+    _, held, checkpoint = to_save(ranks, made, run_dir, zero_stage=2)
     original = saving.write_manifest
 
     def write(*arguments: Any) -> None:

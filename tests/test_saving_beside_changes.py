@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Prepared
+from runs import to_save
 
 from megacl.checkpoint import RunState, list_checkpoints, open_checkpoint, verify_checkpoint
 from megacl.checkpoint_files import TensorFiles, tensor_name
-from megacl.config import EngineConfig, OptimizerConfig
 from megacl.configfile import from_tree
-from megacl.engine import Engine, build_engine
+from megacl.engine import Engine
 from megacl.engine.adapter import slices_of
 from megacl.errors import MegaclError
-from megacl.model.gpt import build_model
 from megacl.parallel.ranks import Ranks
 from megacl.saving import Saving
 from megacl.trainer import train
@@ -54,22 +53,10 @@ def change(engine: Engine, how: str, made: Path) -> None:
             open_checkpoint(made).load_into(engine)
 
 
-def to_save(ranks: Ranks, made: Path, run_dir: Path, tp: int = 1, **settings: Any) -> tuple[Engine, Saving]:
-    """An engine with a checkpoint in it, and what saves it into another run directory."""
-    checkpoint = open_checkpoint(made)
-    model = build_model(checkpoint.config.model, seed=0, device="meta")
-    kind = "native" if ranks.world_size == 1 else "deepspeed"
-    config = EngineConfig(kind=kind, tensor_parallel=tp, **settings)
-    engine = build_engine(model, engine=config, optimizer=OptimizerConfig(), ranks=ranks)
-    checkpoint.load_into(engine)
-    saving = Saving(engine, ranks, run_dir, config=checkpoint.config, tokenizer=checkpoint.tokenizer())
-    return engine, saving
-
-
 def saved_beside(ranks: Ranks, made: Path, run_dir: Path, how: str, tp: int, **settings: Any) -> dict[str, Any]:
     """Saves, and changes the engine before anything is copied; then the same again into the same memory."""
     ranks = arranged(ranks, tp, 1)
-    engine, saving = to_save(ranks, made, run_dir, tp, **settings)
+    engine, saving, checkpoint = to_save(ranks, made, run_dir, tp, **settings)
     about_to_change = threading.Event()
     original = Saving._write
 
@@ -91,7 +78,7 @@ def saved_beside(ranks: Ranks, made: Path, run_dir: Path, how: str, tp: int, **s
         }
         about_to_change.clear()
         with patch.object(Saving, "_write", slow):
-            saving.begin(RunState(step=step), open_checkpoint(made).lineage)
+            saving.begin(RunState(step=step), checkpoint.lineage)
             engine.before_change = asked
             change(engine, how, made)
             engine.before_change = saving._finish_copying
@@ -136,14 +123,14 @@ def test_on_several_ranks_too(made: Path, tmp_path: Path, world: int, tp: int, s
 
 def broken_on_one_rank(ranks: Ranks, made: Path, run_dir: Path, full: int | None) -> tuple[str, str]:
     """What is said of a save of which the last rank owns an infinite weight, and rank `full` cannot write."""
-    engine, saving = to_save(ranks, made, run_dir, zero_stage=1)
+    engine, saving, checkpoint = to_save(ranks, made, run_dir, zero_stage=1)
     name = next(name for name, size in reversed(engine.holdings().items()) if size == engine.shapes[name].numel())
     if ranks.rank == ranks.world_size - 1:
         engine._held(next(each for each in slices_of(engine._deepspeed) if each.name == name)).state["weight"][0] = (
             math.inf
         )
     saving._permit = refuse if ranks.rank == full else lambda: None
-    saving.begin(RunState(step=7), open_checkpoint(made).lineage)
+    saving.begin(RunState(step=7), checkpoint.lineage)
     try:
         saving.conclude()
     except MegaclError as error:
@@ -169,7 +156,7 @@ def test_a_number_that_is_not_finite_on_one_rank_ends_the_save_on_all_whatever_e
 
 
 def test_what_cannot_be_copied_fails_the_save_and_holds_up_nothing(made: Path, tmp_path: Path) -> None:
-    engine, saving = to_save(Ranks(), made, tmp_path)
+    engine, saving, checkpoint = to_save(Ranks(), made, tmp_path)
     copy = torch.Tensor.copy_
 
     def failing(into: torch.Tensor, source: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -178,10 +165,10 @@ def test_what_cannot_be_copied_fails_the_save_and_holds_up_nothing(made: Path, t
         return copy(into, source, *arguments)
 
     with patch.object(torch.Tensor, "copy_", failing):
-        saving.begin(RunState(step=7), open_checkpoint(made).lineage)
+        saving.begin(RunState(step=7), checkpoint.lineage)
         assert engine.step(TOKENS, 1e-2).applied
         with pytest.raises(RuntimeError, match="no memory"):
             saving.conclude()
     assert not list(tmp_path.glob("checkpoints/*"))
-    saving.begin(RunState(step=8), open_checkpoint(made).lineage)
+    saving.begin(RunState(step=8), checkpoint.lineage)
     assert verify_checkpoint(saving.conclude().path) == []

@@ -76,11 +76,9 @@ def saver(kind: str, engine: Any, ranks: Any) -> Callable[[Path], Times]:
         return megacl_saver(engine, ranks, training="training" in kind)
     if kind == "deepspeed":
         return lambda folder: whole(lambda: save_by_deepspeed(engine._deepspeed, folder))
-    from megacl.saving import owners_of
+    from megacl.saving import owners_among
 
-    sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
-    owners = owners_of(sizes, ranks.gather(engine.holdings()))
-    exported = engine.export_state(owners)
+    exported = engine.export_state(owners_among(ranks, engine))
     state = {f"{key}.{name}": tensor for name, tensors in exported for key, tensor in tensors.items()}
     if kind == "plain write":
         return lambda folder: whole(lambda: write_plainly(state, folder / f"{ranks.rank}"))
