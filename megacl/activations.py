@@ -82,12 +82,16 @@ class Sizes:
         return elements * self.value if self.value < self.weight else 0
 
 
-def layer_ops(model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, copies: bool) -> list[Op]:
+def layer_ops(
+    model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, documents: bool, exchanged: bool
+) -> list[Op]:
     """The ops of a layer. kernels: the implementation of each op, by name.
 
-    copies: whether attention works on copies of queries, keys and values: of documents laid end to end, or of whole
-    sequences that came from other ranks.
+    documents: whether attention stays inside documents; exchanged: whether it works on whole sequences, which came from
+    other ranks.
     """
+    whole = kernels["rotary_attention"] == "c" and model.qk_norm == "none" and not exchanged
+    copies = exchanged or (documents and not whole)  # of documents that are laid end to end, or of what came
     parallel, gelu = model.parallel, model.form == "gpt_neox"
     into_mlp = s.mlp if gelu else 2 * s.mlp
     # The gradients that wait while a branch goes backward: that of the layer's output while the MLP does; then its sum
@@ -98,7 +102,7 @@ def layer_ops(model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, copie
         _norm(model, s, kernels, "attention_norm", keeps_input=True, waiting=waiting),
         _linear(s, "qkv", s.hidden, s.queries + 2 * s.keys, bias=qkv, waiting=waiting),
         _head_norms(model, s, kernels, copies=copies, waiting=waiting),
-        _attention(s, copies=copies, waiting=waiting),
+        _attention(s, whole=whole, rotates=not copies, waiting=waiting),
         _linear(s, "out", s.queries, s.hidden, bias=out, waiting=2 * waiting if parallel else waiting),
         _norm(model, s, kernels, "mlp_norm", keeps_input=not parallel, waiting=waiting),
         _linear(s, "up" if gelu else "gate_up", s.hidden, into_mlp, bias=mlp, waiting=waiting),
@@ -167,15 +171,16 @@ def _vectors(kind: str) -> int:
     return 2 if kind == "layer_norm" else 1
 
 
-def _attention(s: Sizes, *, copies: bool, waiting: int) -> Op:
-    """Rotary position and attention: rotated queries and keys, the values, what comes out, log Z of each query.
+def _attention(s: Sizes, *, whole: bool, rotates: bool, waiting: int) -> Op:
+    """Rotary position and attention: queries, keys and values, what comes out, log Z of each query.
 
-    The values are a view of all that qkv gave, which is kept with them, unless attention works on copies.
+    whole: whether it is one op, which keeps what qkv gave, and what comes out as the next layer does. Else `rotates` says
+    whether rotated queries and keys are kept beside all that qkv gave, of which the values are a view, and not copies.
     """
     qkv, mixed = s.values(s.queries + 2 * s.keys), s.values(s.queries)
-    rotated = 0 if copies else s.values(s.queries + s.keys)
+    rotated = s.values(s.queries + s.keys) if rotates else 0
     log_z = s.tokens * s.heads * WIDE
-    kept = rotated + qkv + mixed + log_z
+    kept = qkv + log_z + (0 if whole else rotated + mixed)
     return Op("attention", keeps=kept, backward=waiting + mixed + qkv, result=mixed + log_z)
 
 

@@ -98,7 +98,7 @@ def estimate_memory(
     """
     s = _sizes(model, engine, seq_length=seq_length, micro_batch_size=micro_batch_size)
     kernels = _implementations(engine, device=device)
-    ops = layer_ops(model, s, kernels, copies=documents or engine.sequence_parallel > 1)
+    ops = layer_ops(model, s, kernels, documents=documents, exchanged=engine.sequence_parallel > 1)
     walk = _Walk(
         tables=rotary_tables(model, s, documents=documents),
         embed=embedding(s),

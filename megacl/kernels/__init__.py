@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megacl.errors import ConfigError
-from megacl.kernels import chunked, fused, lean, onednn, reference, varlen
+from megacl.kernels import c_attention, c_gelu, c_library, chunked, fused, lean, onednn, reference, varlen
 from megacl.kernels.reference import IGNORED
 
 __all__ = ["FORMS", "IGNORED", "LOSS_CHUNK", "REFERENCE", "Choice", "Kernels", "choices_of_kernels", "choose_kernels"]
@@ -63,6 +63,11 @@ class Kernels:
 
     bounds_D: int32, ascending, where the documents begin in the B rows laid end to end, and B T at last; every row
     begins one."""
+    rotary_attention: Callable[..., Tensor] | None
+    """(qkv_BTHE, cos_PR, sin_PR, bounds_D or None, kv_heads, scale) -> BTHE, in one op; None: rotary, then attention.
+
+    qkv's heads are those of the queries, the keys and the values, in this order; R may be 0. With bounds it is
+    document_attention, and a row of the tables is a token's, [B, 1, T, R], or a place's."""
     linear_cross_entropy: Callable[..., Tensor]
     """(x_ND, weight_VD, targets_N, *, chunk, z_loss) -> [3] in fp32, or fp64 for fp64, also under autocast.
 
@@ -87,7 +92,7 @@ class _Triton:
         return self.load()(*args, **options)
 
 
-FORMS: dict[str, dict[str, Op]] = {
+FORMS: dict[str, dict[str, Op | None]] = {
     "rms_norm": {
         "lean": lean.rms_norm,
         "triton": _Triton("triton_norms", "rms_norm"),
@@ -107,6 +112,7 @@ FORMS: dict[str, dict[str, Op]] = {
     },
     "linear": {"onednn": onednn.linear, "reference": reference.linear},
     "linear_gelu": {
+        "c": c_gelu.linear_gelu,
         "triton": _Triton("triton_gelu", "linear_gelu"),
         "onednn": onednn.linear_gelu,
         "reference": reference.linear_gelu,
@@ -117,6 +123,7 @@ FORMS: dict[str, dict[str, Op]] = {
         "one_by_one": varlen.one_by_one,
         "reference": reference.document_attention,
     },
+    "rotary_attention": {"c": c_attention.rotary_attention, "apart": None, "reference": reference.rotary_attention},
     "linear_cross_entropy": {
         "triton": _Triton("triton_cross_entropy", "linear_cross_entropy"),
         "onednn": chunked.linear_cross_entropy_by_onednn,
@@ -124,16 +131,16 @@ FORMS: dict[str, dict[str, Op]] = {
         "reference": reference.linear_cross_entropy,
     },
 }
-"""Every implementation of every op, by name."""
+"""Every implementation of every op, by name; None where other ops do its work."""
 
 
 def _assemble(names: Mapping[str, str], choices: tuple[Choice, ...] = ()) -> Kernels:
-    forms: dict[str, Any] = {op: FORMS[op][name] for op, name in names.items()}
-    ops = {op: form.load() if isinstance(form, _Triton) else form for op, form in forms.items()}
+    forms = {op: FORMS[op][name] for op, name in names.items()}
+    ops: dict[str, Any] = {op: form.load() if isinstance(form, _Triton) else form for op, form in forms.items()}
     return Kernels(**ops, choices=choices)
 
 
-REFERENCE = _assemble(dict.fromkeys(FORMS, "reference"))
+REFERENCE = _assemble({**dict.fromkeys(FORMS, "reference"), "rotary_attention": "apart"})
 """The definitions."""
 
 
@@ -180,6 +187,10 @@ def _missing(name: str, *, device: str, half: bool) -> str | None:
             return "Triton is not installed (pip install 'megacl[gpu]')"
         case "flash" if device == "cpu" or not half or not (imagined or torch.cuda.get_device_capability() >= (8, 0)):
             return "flash attention wants 16 bits on a GPU of capability 8.0"
+        case "c" if device != "cpu" or half:
+            return "the kernels in C are for fp32 on a CPU"
+        case "c":
+            return c_library.unavailable()
         case "onednn" if device != "cpu" or half or not onednn.available():
             return "oneDNN's products are for fp32 on a CPU, in a PyTorch that has them"
     return None
@@ -194,6 +205,8 @@ def _fastest(op: str, *, device: str, half: bool, compiled: bool) -> tuple[str, 
             return "triton", "all logits never exist at once, and one kernel does their softmax"
         case "linear_cross_entropy":
             return "onednn" if onednn_runs else "chunked", "all logits never exist at once"
+        case "linear_gelu" if not compiled and _missing("c", device=device, half=half) is None:
+            return "c", "one pass behind the product, and one back"
         case "linear" | "linear_gelu" if onednn_runs and not compiled:
             return "onednn", "its products in fp32 are the faster ones"
         case "linear":
@@ -208,6 +221,10 @@ def _fastest(op: str, *, device: str, half: bool, compiled: bool) -> tuple[str, 
             if compiled or device == "cuda":
                 return "reference", missing
             return "one_by_one", "no score across documents is computed"
+        case "rotary_attention":
+            if (missing := _missing("c", device=device, half=half)) is None:
+                return "c", "compiled here; scores and turned heads stay in the cache"
+            return "apart", missing
         case "attention":
             return "sdpa", "PyTorch's kernel for the device"
         case _ if compiled:

@@ -46,6 +46,13 @@ def product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tenso
     return y
 
 
+def _transposed_product(a_NF: Tensor, b_ND: Tensor) -> Tensor:
+    """a^T b, by way of b^T a where that has fewer rows: the second factor is copied, and the longer one had better be."""
+    if a_NF.shape[1] <= b_ND.shape[1]:
+        return product(a_NF.t(), b_ND.t())
+    return product(b_ND.t(), a_NF.t()).t().contiguous()
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
@@ -58,8 +65,8 @@ class _Linear(torch.autograd.Function):
         x, weight_FD = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         dy_NF = dy.flatten(0, -2)
-        # It copies x for this product; that is over before there is dx.
-        dweight_FD = product(dy_NF.t(), x.flatten(0, -2).t()) if wants_weight else None
+        # It copies a factor for this product; that is over before there is dx.
+        dweight_FD = _transposed_product(dy_NF, x.flatten(0, -2)) if wants_weight else None
         dx = product(dy, weight_FD.t()) if wants_x else None
         return dx, dweight_FD, dy_NF.sum(0) if wants_bias else None
 

@@ -77,6 +77,18 @@ def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D:
     return _attend(q_BHTE, k_BKTE, v_BKTE, same_BTT.tril()[:, None], scale)
 
 
+def rotary_attention(
+    qkv_BTHE: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds_D: Tensor | None, kv_heads: int, scale: float
+) -> Tensor:
+    """The queries and keys turned, then either attention."""
+    heads = qkv_BTHE.shape[2] - 2 * kv_heads
+    q_BHTE, k_BKTE, v_BKTE = qkv_BTHE.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
+    q_BHTE, k_BKTE = (rotary(x_BHTE, cos_PR, sin_PR) for x_BHTE in (q_BHTE, k_BKTE))
+    if bounds_D is None:
+        return attention(q_BHTE, k_BKTE, v_BKTE, scale).transpose(1, 2)
+    return document_attention(q_BHTE, k_BKTE, v_BKTE, bounds_D, scale).transpose(1, 2)
+
+
 def _attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Tensor, scale: float) -> Tensor:
     grouped = k_BKTE.shape[1] != q_BHTE.shape[1]
     return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, scale=scale, enable_gqa=grouped)

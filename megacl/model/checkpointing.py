@@ -39,6 +39,7 @@ KEPT = frozenset(
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",
         "torch_attn::_varlen_attn",
+        "megacl::c_attention",
         _SUM,
     }
 )

@@ -129,6 +129,10 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds: Tensor | None) -> Tensor:
         batch, length, _ = x_BTD.shape
         heads_BTHE = self.qkv(x_BTD).view(batch, length, -1, self.head_size)
+        if self.ops.rotary_attention is not None and self.q_norm is None:
+            whole_BTHE = self.ops.rotary_attention(heads_BTHE, cos_PR, sin_PR, bounds, self.kv_heads, self.scale)
+            whole: Tensor = self.out(whole_BTHE.flatten(2))
+            return whole
         # Parted before they are turned, so that the gradient is put together in the order in which qkv takes it.
         parts = torch.split(heads_BTHE, [self.heads + self.kv_heads, self.kv_heads], dim=2)
         qk_BHTE, v_BKTE = (part_BTHE.transpose(1, 2) for part_BTHE in parts)

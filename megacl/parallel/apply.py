@@ -32,6 +32,7 @@ def parallel_kernels(ops: Kernels, ranks: Ranks) -> Kernels:
         loss = functools.partial(vocabulary.linear_cross_entropy, ranks=ranks)
         ops = _replace(ops, "linear_cross_entropy", loss, "by vocabulary", f"{ranks.tp_size} ranks share it")
     if ranks.sp_size > 1:
+        ops = _replace(ops, "rotary_attention", None, "apart", "positions are turned before sequences are exchanged")
         for choice in ops.choices:
             if choice.op in ("attention", "document_attention"):
                 attend = over_sequence(getattr(ops, choice.op), ranks)

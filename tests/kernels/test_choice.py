@@ -45,7 +45,7 @@ def test_without_triton_a_gpu_runs_pytorchs_kernels(gpu, no_triton):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_here_is_a_recent_one_with_triton(no_triton):
-    assert {*chosen(device="cuda").values()} == {"triton", "flash", "sdpa", "reference"}  # a linear layer is PyTorch's
+    assert {*chosen(device="cuda").values()} == {"triton", "flash", "sdpa", "reference", "apart"}  # linear is PyTorch's
 
 
 def test_on_a_cpu_nothing_is_interpreted():
@@ -64,6 +64,7 @@ def test_on_a_cpu_nothing_is_interpreted():
 def test_on_a_cpu_products_are_mkls_on_its_makers_cores_and_else_onednns(vendor, mkl, linear, loss, monkeypatch):
     monkeypatch.setattr(kernels.onednn, "_vendor", lambda: vendor)
     monkeypatch.setattr(kernels.onednn, "available", lambda: True)
+    monkeypatch.setattr(kernels.c_library, "unavailable", lambda: "no C compiler")
     monkeypatch.setattr(torch._C, "has_mkl", mkl)
     found = chosen(device="cpu", half=False)
     assert (found["linear"], found["linear_gelu"], found["linear_cross_entropy"]) == (linear, linear, loss)

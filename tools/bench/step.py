@@ -32,7 +32,7 @@ from megacl.parallel.ranks import Ranks
 
 WARM = 2
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
-ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "megacl::c_attention")
 
 
 @dataclass
@@ -149,7 +149,7 @@ def print_table(chosen: argparse.Namespace, config: ModelConfig, rounds: list[Ro
     names = sorted(rounds[0].seconds, key=lambda name: -statistics.median(each.seconds[name] for each in rounds))
     groups = {
         "matrix products": [name for name in names if name in PRODUCTS],
-        "attention": [name for name in names if ATTENTION in name],
+        "attention": [name for name in names if any(each in name for each in ATTENTION)],
     }
     rest = [name for name in names if name not in groups["matrix products"] + groups["attention"]]
     small = [name for name in rest if statistics.median(each.seconds[name] for each in rounds) < chosen.least * step]

@@ -1,0 +1,80 @@
+/* Vectors of the widest registers that the compiler was told of, by GCC's and Clang's vector extensions. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
+#define LOG2_E 1.4426950408889634f
+
+typedef int64_t i64;
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef float half_vec __attribute__((vector_size(2 * LANES)));
+typedef float quarter_vec __attribute__((vector_size(LANES)));
+
+#if LANES == 16
+static const ivec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+static const ivec LANE = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+
+static inline vec load(const float *from)
+{
+    vec v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+static inline void store(float *to, vec v) { memcpy(to, &v, sizeof v); }
+
+static inline vec all(float x) { return x - (vec){0}; }
+
+static inline vec pick(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
+
+static inline float sum_of(vec v)
+{
+    half_vec halves[2];
+    memcpy(halves, &v, sizeof v);
+    halves[0] += halves[1];
+    quarter_vec quarters[2];
+    memcpy(quarters, halves, sizeof quarters);
+    quarters[0] += quarters[1];
+    float sum = 0;
+    for (int i = 0; i < LANES / 4; i++)
+        sum += quarters[0][i];
+    return sum;
+}
+
+static inline float max_of(vec v)
+{
+    float lanes[LANES];
+    memcpy(lanes, &v, sizeof v);
+    for (int by = LANES / 2; by; by /= 2)
+        for (int i = 0; i < by; i++)
+            lanes[i] = lanes[i] > lanes[i + by] ? lanes[i] : lanes[i + by];
+    return lanes[0];
+}
+
+/* 2^x for x < 0.5: 2^n by the exponent's bits, times the Taylor series of 2^f for |f| <= 1/2, whose rest is below 1e-8;
+ * never less than 2^-126. */
+static inline vec exp2_of(vec x)
+{
+    x = pick(x < -126.0f, all(-126.0f), x);
+    ivec n = __builtin_convertvector(x - 0.5f, ivec); /* cut off towards 0: the nearest whole number where x < 0.5 */
+    vec f = x - __builtin_convertvector(n, vec);
+    vec y = all(1.5252733804059840e-5f); /* ln(2)^k / k!, k = 7, 6, ... 0 */
+    y = y * f + 1.5403530393381609e-4f;
+    y = y * f + 1.3333558146428443e-3f;
+    y = y * f + 9.6181291076284772e-3f;
+    y = y * f + 5.5504108664821580e-2f;
+    y = y * f + 2.4022650695910071e-1f;
+    y = y * f + 6.9314718055994531e-1f;
+    y = y * f + 1.0f;
+    return (vec)((ivec)y + (n << 23));
+}

@@ -1,0 +1,72 @@
+"""GELU with the bias of the layer before it, by gelu.c: a CPU's, in fp32.
+
+One pass forward, and one backward that sums up the bias' gradient too. The product stands alone, so that selective
+checkpointing keeps it and computes the rest again.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacl.kernels import c_library, onednn, reference
+
+_ROWS = 64
+"""ROWS of gelu.c."""
+
+
+def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+
+
+@torch.library.custom_op("megacl::c_gelu", mutates_args=())
+def _gelu(x_NF: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
+    """x and bias contiguous, in fp32."""
+    y_NF = torch.empty_like(x_NF)
+    sizes = (ctypes.c_int64(size) for size in x_NF.shape)
+    c_library.load().gelu_forward(*sizes, *_pointers(x_NF, bias_F, y_NF), tanh, torch.get_num_threads())
+    return y_NF
+
+
+@_gelu.register_fake
+def _gelu_shape(x_NF: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
+    return torch.empty_like(x_NF)
+
+
+@torch.library.custom_op("megacl::c_gelu_backward", mutates_args=())
+def _gelu_backward(dy_NF: Tensor, x_NF: Tensor, bias_F: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    dx_NF = torch.empty_like(x_NF)
+    sums = x_NF.new_zeros(-(-x_NF.shape[0] // _ROWS), x_NF.shape[1])
+    sizes = (ctypes.c_int64(size) for size in x_NF.shape)
+    dy_NF = dy_NF.contiguous()
+    tensors = _pointers(x_NF, bias_F, dy_NF, dx_NF, sums)
+    c_library.load().gelu_backward(*sizes, *tensors, tanh, torch.get_num_threads())
+    return dx_NF, sums.sum(0)
+
+
+@_gelu_backward.register_fake
+def _gelu_backward_shape(dy_NF: Tensor, x_NF: Tensor, bias_F: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_NF), torch.empty_like(bias_F)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.tanh = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, dy_NF: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gelu_backward(dy_NF, *ctx.saved_tensors, ctx.tanh), None
+
+
+_gelu.register_autograd(_differentiate, setup_context=_keep)
+
+
+def linear_gelu(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, *, tanh: bool = False) -> Tensor:
+    """`Kernels.linear_gelu`; what is not in fp32 goes the reference's way."""
+    if x.dtype != torch.float32 or not x.numel():
+        return reference.linear_gelu(x, weight_FD, bias_F, tanh=tanh)
+    product = onednn.linear if onednn.is_faster() and onednn.available() else reference.linear
+    z = product(x, weight_FD)
+    bias = z.new_zeros(z.shape[-1]) if bias_F is None else bias_F
+    return _gelu(z.flatten(0, -2), bias, tanh).view_as(z)

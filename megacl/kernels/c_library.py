@@ -1,0 +1,94 @@
+"""Kernels in C for a CPU, compiled where they run: by the machine's own compiler, once, for the very processor.
+
+    c_library.load().gelu_forward(...)      # a ctypes.CDLL of megacl/kernels/c; Unavailable where it cannot be had
+
+The result stays in $XDG_CACHE_HOME/megacl, or ~/.cache/megacl, under a name that the source, the compiler and the
+processor decide. Threads are PyTorch's: the library names no OpenMP runtime, so that the one that PyTorch has loaded
+already serves it, and a process has no second pool of threads that waits for the same cores.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch  # noqa: F401  # the OpenMP runtime comes with it
+
+_OPTIONS = ["-O3", "-march=native", "-fPIC", "-fopenmp"]
+_SECONDS = 120
+_SOURCES = Path(__file__).with_name("c")
+
+
+class Unavailable(Exception):
+    """Why there is no such library here: one line."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, built if it is not there yet."""
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    version = _run([*compiler, "--version"])
+    texts = [path.read_text() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".c", ".h")]
+    identity = "\n".join([*texts, version, *compiler, *_OPTIONS, _processor()])
+    built = _cache() / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    try:
+        if not built.exists():
+            _build(compiler, built)
+        return ctypes.CDLL(str(built))
+    except OSError as problem:
+        raise Unavailable(f"{built}: {problem}") from None
+
+
+def unavailable() -> str | None:
+    """Why there is no library here; None where there is."""
+    try:
+        load()
+    except Unavailable as why:
+        return str(why)
+    return None
+
+
+def _build(compiler: list[str], built: Path) -> None:
+    built.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        objects = []
+        for source in sorted(_SOURCES.glob("*.c")):
+            objects.append(f"{folder}/{source.stem}.o")
+            _run([*compiler, *_OPTIONS, "-c", str(source), "-o", objects[-1]])
+        linked = f"{folder}/linked.so"
+        _run([*compiler, "-shared", *objects, "-o", linked, "-lm"])  # -fopenmp here would name a runtime
+        with open(linked, "rb") as file:
+            os.fsync(file.fileno())  # a library that a crash cut short would take the process with it
+        os.replace(linked, built)  # another process may have built the same
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
+    except OSError:
+        raise Unavailable(f"no C compiler: there is no {command[0]}") from None
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{command[0]} took more than {_SECONDS} s") from None
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+        raise Unavailable(f"{command[0]} failed: {said.strip()}")
+    return done.stdout
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "megacl"
+
+
+def _processor() -> str:
+    """Its model and what it can do: a home is shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    told = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(told)}))

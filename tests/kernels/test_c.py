@@ -1,0 +1,276 @@
+"""The kernels in C against their twins, as operators, and how the library comes to be where it runs."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from twins import assert_matches_twin, drawn
+
+from megacl import kernels
+from megacl.kernels import c_attention, c_gelu, c_library
+from megacl.model.config import ModelConfig
+from megacl.model.gpt import build_model
+
+pytestmark = pytest.mark.skipif(c_library.unavailable() is not None, reason=f"no library: {c_library.unavailable()}")
+
+ATTENTION = kernels.FORMS["rotary_attention"]
+
+
+def tables(places: int, half: int, *, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    angles_PR = 3 * drawn(places, half, seed=seed).detach()
+    return angles_PR.cos(), angles_PR.sin()
+
+
+def documents(batch: int, length: int, density: float, seed: int) -> torch.Tensor:
+    """The bounds of random documents, about one in 1 / density tokens."""
+    begins_BT = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < density
+    begins_BT[:, 0] = True
+    return torch.cat([begins_BT.flatten().nonzero().squeeze(1), torch.tensor([batch * length])]).int()
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    batch=st.integers(1, 3),
+    length=st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 130])),
+    heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]),
+    width=st.sampled_from([1, 2, 7, 16, 33, 64, 80]),
+    turned=st.floats(0, 1),
+    density=st.sampled_from([None, 0.0, 0.1, 1.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_attention_and_its_gradient_are_the_definitions(batch, length, heads, width, turned, density, seed):
+    qkv = drawn(batch, length, heads[0] + 2 * heads[1], width, seed=seed)
+    half = int(turned * (width // 2))
+    cos, sin = tables(length if density is None else batch * length, half)
+    bounds = None
+    if density is not None:
+        bounds = documents(batch, length, density, seed)
+        cos, sin = (table.view(batch, 1, length, half) for table in (cos, sin))
+    assert_matches_twin(ATTENTION["c"], ATTENTION["reference"], [qkv, cos, sin, bounds, heads[1], width**-0.5])
+
+
+def test_sequences_longer_than_many_blocks_are_attended_to_in_full():
+    qkv = drawn(1, 1030, 3, 16)
+    assert_matches_twin(ATTENTION["c"], ATTENTION["reference"], [qkv, *tables(1030, 8), None, 1, 0.25])
+
+
+def test_large_scores_neither_overflow_nor_lose_the_sum():
+    """Scores of thousands, whose own rounding is what the result is off by."""
+    qkv = drawn(2, 70, 3, 8, scale=30.0)
+    assert_matches_twin(ATTENTION["c"], ATTENTION["reference"], [qkv, *tables(70, 4), None, 1, 1.0], epsilons=8192)
+
+
+def test_what_is_not_a_number_reaches_its_own_row_and_those_behind_it():
+    qkv_BTHE = drawn(1, 200, 3, 16).detach()
+    qkv_BTHE[0, 150] = float("nan")
+    mixed_BTHE = ATTENTION["c"](qkv_BTHE, *tables(200, 8), None, 1, 0.25)
+    assert mixed_BTHE[0, :128].isfinite().all()
+    assert mixed_BTHE[0, 150:].isnan().all()
+
+
+def test_views_and_gradients_with_any_strides_are_read():
+    qkv = drawn(3, 16, 20, 2, seed=1).detach().permute(3, 2, 0, 1).requires_grad_()
+    coming = [drawn(1, 16, seed=2).detach().expand(2, 20, 1, 16)]
+    inputs = [qkv, *(table.t().contiguous().t() for table in tables(20, 4)), None, 1, 0.25]
+    assert_matches_twin(ATTENTION["c"], ATTENTION["reference"], inputs, coming=coming)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_values_of_another_width_go_the_twins_way(dtype):
+    inputs = [drawn(2, 5, 3, 8, dtype=dtype), *tables(5, 2), None, 1, 0.3]
+    assert torch.equal(ATTENTION["c"](*inputs), ATTENTION["reference"](*inputs))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 8), (2, 0, 3, 8)])
+def test_empty_tensors_pass_attention(shape):
+    (gradient,) = torch.autograd.grad(
+        ATTENTION["c"](x := drawn(*shape), *tables(shape[1], 2), None, 1, 0.3).sum(), x
+    )
+    assert gradient.shape == shape
+
+
+def of_all_kernels(threads: int) -> list[torch.Tensor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        qkv = drawn(3, 90, 6, 16)
+        mixed = ATTENTION["c"](qkv, *tables(90, 4), None, 1, 0.25)
+        x, bias = drawn(300, 20, seed=1), drawn(20, seed=2)
+        y = c_gelu._gelu(x, bias, False)
+        return [mixed, y, *torch.autograd.grad([mixed.sin().sum(), y.sin().sum()], [qkv, x, bias])]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    for one, two in zip(of_all_kernels(1), of_all_kernels(2), strict=True):
+        assert torch.equal(one, two)
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+def test_norms_of_queries_and_keys_take_the_parts():
+    def refuse(*_: Any) -> torch.Tensor:
+        raise AssertionError("norms lie between the parts")
+
+    ops = kernels.choose_kernels(device="cpu", half=False, compiled=False, overrides={})
+    assert ops.rotary_attention is ATTENTION["c"]
+    shape: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}
+    model = build_model(ModelConfig(**shape, qk_norm="rms_norm"), seed=0)
+    model.use(kernels.Kernels(**{**vars(ops), "rotary_attention": refuse}))
+    assert model(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_selective_checkpointing_attends_once_and_full_twice(how, monkeypatch):
+    shape: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_layers": 3, "num_attention_heads": 2}
+    model = build_model(ModelConfig(**shape), seed=0)
+    model.use(kernels.choose_kernels(device="cpu", half=False, compiled=False, overrides={}))
+    tokens = torch.arange(10).view(2, 5)
+    calls: list[str] = []
+    call = c_attention._call
+    monkeypatch.setattr(c_attention, "_call", lambda name, *rest: (calls.append(name), call(name, *rest)))
+
+    def gradients() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(model(tokens, tokens)[0], list(model.parameters())))
+
+    whole = gradients()
+    calls.clear()
+    model.checkpointing = dict.fromkeys(range(3), how)
+    for again, before in zip(gradients(), whole, strict=True):
+        assert torch.equal(again, before)
+    assert calls.count("attention_forward") == (3 if how == "selective" else 6)
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+
+def operators() -> list[tuple[Any, tuple[Any, ...]]]:
+    qkv, bounds = drawn(2, 5, 4, 8), torch.tensor([0, 3, 5, 10], dtype=torch.int32)
+    by_place = tables(5, 2)
+    by_token = tuple(table.view(2, 1, 5, 2) for table in tables(10, 2))
+    x, bias = drawn(5, 7, seed=1), drawn(7, seed=2)
+    ours = torch.ops.megacl
+    return [
+        (ours.c_attention, (qkv, *by_place, None, 1, 0.3)),
+        (ours.c_attention, (qkv, *by_token, bounds, 1, 0.3)),
+        (ours.c_gelu, (x, bias, False)),
+        (ours.c_gelu_backward, (drawn(5, 7, seed=3).detach(), x.detach(), bias.detach(), True)),
+    ]
+
+
+@pytest.mark.parametrize("operator", range(4))
+def test_pytorchs_own_check_of_operators_passes(operator):
+    function, arguments = operators()[operator]
+    torch.library.opcheck(function.default, arguments)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_attention_goes_through_torch_compile_as_a_whole_graph(bounded):
+    _, arguments = operators()[bounded]
+    torch._dynamo.reset()
+    compiled = torch.compile(ATTENTION["c"], fullgraph=True, backend="aot_eager")
+    for form in (compiled, ATTENTION["c"]):
+        mixed = form(*arguments)
+        (gradient,) = torch.autograd.grad(mixed.sin().sum(), arguments[0])
+        if form is compiled:
+            first = mixed, gradient
+    assert torch.equal(first[0], mixed)
+    assert torch.equal(first[1], gradient)
+
+
+def test_shapes_are_known_without_computing():
+    with FakeTensorMode() as mode:
+        qkv, cos, sin = (mode.from_tensor(x) for x in (drawn(2, 5, 4, 8), *tables(5, 2)))
+        mixed = ATTENTION["c"](qkv, cos, sin, None, 1, 0.3)
+        (gradient,) = torch.autograd.grad(mixed.sum(), qkv)
+    assert (mixed.shape, gradient.shape) == ((2, 5, 2, 8), (2, 5, 4, 8))
+
+
+# ---------------------------------------------------------------------------------------------------------- the library
+
+
+def choice(cache: Path, **environment: str) -> str:
+    """What a process says of its attention."""
+    code = (
+        "from megacl import kernels\n"
+        "print(*kernels.choices_of_kernels(device='cpu', half=False, compiled=False, overrides={}), sep='\\n')\n"
+    )
+    there = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(cache), **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=there, check=True, capture_output=True, text=True)
+    return next(line for line in done.stdout.splitlines() if "'rotary_attention'" in line)
+
+
+def compiler(path: Path, body: str) -> str:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_it_is_built_once_and_then_found(tmp_path):
+    log = tmp_path / "log"
+    counted = compiler(tmp_path / "counted", f'echo "$@" >>{log}; exec cc "$@"')
+    for _ in range(2):
+        assert "implementation='c'" in choice(tmp_path / "cache", CC=counted)
+    assert log.read_text().count("-shared") == 1
+    (built,) = (tmp_path / "cache" / "megacl").iterdir()  # and nothing of the building is left
+    assert built.suffix == ".so"
+
+
+def test_another_compiler_builds_its_own(tmp_path):
+    other = compiler(tmp_path / "other", 'case "$1" in --version) echo other;; *) exec cc "$@";; esac')
+    choice(tmp_path / "cache")
+    choice(tmp_path / "cache", CC=other)
+    assert len(list((tmp_path / "cache" / "megacl").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('case "$1" in --version) exit 0;; esac; echo "x.c:1: error: no such option" >&2; exit 1', "error: no such option"),
+        ("exit 3", "status 3"),
+    ],
+)
+def test_a_compiler_that_fails_leaves_pytorchs_ops_and_is_named(body, said, tmp_path):
+    failing = compiler(tmp_path / "failing", body)
+    line = choice(tmp_path / "cache", CC=failing)
+    assert "implementation='apart'" in line
+    assert f"{failing} failed: " in line
+    assert said in line
+    assert not list(tmp_path.glob("cache/megacl/*"))
+
+
+def test_without_a_compiler_pytorchs_ops_run(tmp_path):
+    line = choice(tmp_path / "cache", CC=f"{tmp_path}/none")
+    assert f"implementation='apart', why='no C compiler: there is no {tmp_path}/none'" in line
+
+
+def test_a_cache_that_cannot_be_written_leaves_pytorchs_ops(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    line = choice(tmp_path / "cache")
+    assert "implementation='apart'" in line
+    assert "Not a directory" in line
+
+
+def test_its_threads_are_pytorchs():
+    code = (
+        "from megacl.kernels import c_library\n"
+        "c_library.load()\n"
+        "maps = {line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.split()[-1]}\n"
+        "print(len(maps))\n"
+    )
+    there = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=there, check=True, capture_output=True, text=True)
+    assert int(done.stdout) <= 1
