@@ -102,7 +102,7 @@ def layer_ops(
         _norm(model, s, kernels, "attention_norm", keeps_input=True, waiting=waiting),
         _linear(s, "qkv", s.hidden, s.queries + 2 * s.keys, bias=qkv, waiting=waiting),
         _head_norms(model, s, kernels, copies=copies, waiting=waiting),
-        _attention(s, whole=whole, rotates=not copies, waiting=waiting),
+        _attention(s, whole=whole, rotates=not (whole or copies), waiting=waiting),
         _linear(s, "out", s.queries, s.hidden, bias=out, waiting=2 * waiting if parallel else waiting),
         _norm(model, s, kernels, "mlp_norm", keeps_input=not parallel, waiting=waiting),
         _linear(s, "up" if gelu else "gate_up", s.hidden, into_mlp, bias=mlp, waiting=waiting),
@@ -174,13 +174,13 @@ def _vectors(kind: str) -> int:
 def _attention(s: Sizes, *, whole: bool, rotates: bool, waiting: int) -> Op:
     """Rotary position and attention: queries, keys and values, what comes out, log Z of each query.
 
-    whole: whether it is one op, which keeps what qkv gave, and what comes out as the next layer does. Else `rotates` says
-    whether rotated queries and keys are kept beside all that qkv gave, of which the values are a view, and not copies.
+    whole: whether it is one op, which keeps what qkv gave, and what comes out, which the next layer keeps. rotates:
+    whether rotated queries and keys are kept beside all that qkv gave, of which the values are a view; else copies are.
     """
     qkv, mixed = s.values(s.queries + 2 * s.keys), s.values(s.queries)
     rotated = s.values(s.queries + s.keys) if rotates else 0
     log_z = s.tokens * s.heads * WIDE
-    kept = qkv + log_z + (0 if whole else rotated + mixed)
+    kept = rotated + qkv + log_z + (0 if whole else mixed)
     return Op("attention", keeps=kept, backward=waiting + mixed + qkv, result=mixed + log_z)
 
 

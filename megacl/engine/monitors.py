@@ -115,9 +115,7 @@ def watched(ops: Kernels, largest: list[Tensor]) -> Kernels:
         largest.append(largest_logit(q_BHTE, k_BKTE, scale, bounds_D))
         return ops.document_attention(q_BHTE, k_BKTE, v_BKTE, bounds_D, scale)
 
-    return dataclasses.replace(
-        ops, attention=attention, document_attention=document_attention, rotary_attention=None
-    )
+    return dataclasses.replace(ops, attention=attention, document_attention=document_attention, rotary_attention=None)
 
 
 def largest_logit(

@@ -117,9 +117,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dmixed_BTHE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     qkv_BTHE, cos_PR, sin_PR, *output = ctx.saved_tensors
-    dqkv_BTHE = _attention_backward(
-        dmixed_BTHE, qkv_BTHE, cos_PR, sin_PR, ctx.bounds, *output, ctx.kv_heads, ctx.scale
-    )
+    dqkv_BTHE = _attention_backward(dmixed_BTHE, qkv_BTHE, cos_PR, sin_PR, ctx.bounds, *output, ctx.kv_heads, ctx.scale)
     return dqkv_BTHE, None, None, None, None, None
 
 

@@ -1,6 +1,6 @@
 """Kernels in C for a CPU, compiled where they run: by the machine's own compiler, once, for the very processor.
 
-    c_library.load().gelu_forward(...)      # a ctypes.CDLL of megacl/kernels/c; Unavailable where it cannot be had
+    c_library.load().gelu_forward(...)      # a ctypes.CDLL of megacl/kernels/c; UnavailableError where it cannot be had
 
 The result stays in $XDG_CACHE_HOME/megacl, or ~/.cache/megacl, under a name that the source, the compiler and the
 processor decide. Threads are PyTorch's: the library names no OpenMP runtime, so that the one that PyTorch has loaded
@@ -24,7 +24,7 @@ _SECONDS = 120
 _SOURCES = Path(__file__).with_name("c")
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Why there is no such library here: one line."""
 
 
@@ -41,14 +41,14 @@ def load() -> ctypes.CDLL:
             _build(compiler, built)
         return ctypes.CDLL(str(built))
     except OSError as problem:
-        raise Unavailable(f"{built}: {problem}") from None
+        raise UnavailableError(f"{built}: {problem}") from None
 
 
 def unavailable() -> str | None:
     """Why there is no library here; None where there is."""
     try:
         load()
-    except Unavailable as why:
+    except UnavailableError as why:
         return str(why)
     return None
 
@@ -71,12 +71,12 @@ def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
     except OSError:
-        raise Unavailable(f"no C compiler: there is no {command[0]}") from None
+        raise UnavailableError(f"no C compiler: there is no {command[0]}") from None
     except subprocess.TimeoutExpired:
-        raise Unavailable(f"{command[0]} took more than {_SECONDS} s") from None
+        raise UnavailableError(f"{command[0]} took more than {_SECONDS} s") from None
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
-        raise Unavailable(f"{command[0]} failed: {said.strip()}")
+        raise UnavailableError(f"{command[0]} failed: {said.strip()}")
     return done.stdout
 
 

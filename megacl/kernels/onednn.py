@@ -47,7 +47,7 @@ def product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tenso
 
 
 def _transposed_product(a_NF: Tensor, b_ND: Tensor) -> Tensor:
-    """a^T b, by way of b^T a where that has fewer rows: the second factor is copied, and the longer one had better be."""
+    """a^T b, or b^T a transposed where that has fewer rows: it is faster with the longer factor as the second one."""
     if a_NF.shape[1] <= b_ND.shape[1]:
         return product(a_NF.t(), b_ND.t())
     return product(b_ND.t(), a_NF.t()).t().contiguous()

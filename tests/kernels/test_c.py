@@ -94,9 +94,7 @@ def test_values_of_another_width_go_the_twins_way(dtype):
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 8), (2, 0, 3, 8)])
 def test_empty_tensors_pass_attention(shape):
-    (gradient,) = torch.autograd.grad(
-        ATTENTION["c"](x := drawn(*shape), *tables(shape[1], 2), None, 1, 0.3).sum(), x
-    )
+    (gradient,) = torch.autograd.grad(ATTENTION["c"](x := drawn(*shape), *tables(shape[1], 2), None, 1, 0.3).sum(), x)
     assert gradient.shape == shape
 
 
@@ -239,7 +237,10 @@ def test_another_compiler_builds_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ('case "$1" in --version) exit 0;; esac; echo "x.c:1: error: no such option" >&2; exit 1', "error: no such option"),
+        (
+            'case "$1" in --version) exit 0;; esac; echo "x.c:1: error: no such option" >&2; exit 1',
+            "error: no such option",
+        ),
         ("exit 3", "status 3"),
     ],
 )
