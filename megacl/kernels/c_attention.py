@@ -131,5 +131,6 @@ def rotary_attention(
     if qkv_BTHE.dtype != torch.float32 or not qkv_BTHE.numel():
         return reference.rotary_attention(qkv_BTHE, cos_PR, sin_PR, bounds_D, kv_heads, scale)
     tables = (table.float().contiguous() for table in (cos_PR, sin_PR))
+    mixed_BTHE: Tensor
     mixed_BTHE, _ = _attention(qkv_BTHE.contiguous(), *tables, bounds_D, kv_heads, scale)
     return mixed_BTHE

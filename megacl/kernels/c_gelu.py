@@ -69,4 +69,5 @@ def linear_gelu(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, *, t
     product = onednn.linear if onednn.is_faster() and onednn.available() else reference.linear
     z = product(x, weight_FD)
     bias = z.new_zeros(z.shape[-1]) if bias_F is None else bias_F
-    return _gelu(z.flatten(0, -2), bias, tanh).view_as(z)
+    y: Tensor = _gelu(z.flatten(0, -2), bias, tanh)
+    return y.view_as(z)

@@ -82,7 +82,7 @@ def rotary_attention(
 ) -> Tensor:
     """The queries and keys turned, then either attention."""
     heads = qkv_BTHE.shape[2] - 2 * kv_heads
-    q_BHTE, k_BKTE, v_BKTE = qkv_BTHE.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
+    q_BHTE, k_BKTE, v_BKTE = torch.split(qkv_BTHE.transpose(1, 2), [heads, kv_heads, kv_heads], dim=1)
     q_BHTE, k_BKTE = (rotary(x_BHTE, cos_PR, sin_PR) for x_BHTE in (q_BHTE, k_BKTE))
     if bounds_D is None:
         return attention(q_BHTE, k_BKTE, v_BKTE, scale).transpose(1, 2)
