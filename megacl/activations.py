@@ -1,6 +1,6 @@
 """What a forward and backward pass takes beside the weights, counted op by op as the model's code goes through them.
 
-    ops = layer_ops(model, sizes, kernels, copies=False)
+    ops = layer_ops(model, sizes, kernels, documents=False, exchanged=False)
     kept = sum(op.keeps for op in ops)          # what autograd keeps of one layer until its backward pass
 
 Pure arithmetic; `megacl.memory` puts it together with weights, gradients and the optimizer's state. The ops stand in

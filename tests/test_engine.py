@@ -393,7 +393,8 @@ def test_padding_is_no_documents_whatever_token_ends_them(monkeypatch):
         tokens = np.where(pad(batch(0)) == 0, 1, pad(batch(0)))
         tokens[tokens == 7] = 1
         targets = int((tokens[:, 1:] != PADDING).sum())
-        make_engine(Ranks(), document_end=end).step(tokens, 1e-3, targets=targets)
+        named = {"document_attention": "one_by_one"}
+        make_engine(Ranks(), document_end=end, kernels=named).step(tokens, 1e-3, targets=targets)
     assert set(counted) == {ROWS}
 
 
@@ -458,9 +459,9 @@ def last_logits(ranks: Ranks, **settings: Any) -> np.ndarray:
 def test_logits_are_those_of_the_last_position():
     logits = last_logits(Ranks())
     expected = build_model(NEOX, seed=1)(torch.from_numpy(batch(0)))[:, -1].detach().numpy()
-    np.testing.assert_allclose(logits, expected, atol=1e-6)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
     for theirs in run_on_ranks(2, last_logits, kind="deepspeed", zero_stage=3):
-        np.testing.assert_allclose(theirs, expected, atol=1e-6)
+        np.testing.assert_allclose(theirs, expected, atol=1e-5)
 
 
 def extensions(ranks: Ranks) -> list[str]:

@@ -169,16 +169,24 @@ def choices_of_kernels(*, device: str, half: bool, compiled: bool, overrides: Ma
             raise ConfigError(f"engine.kernels.{op} is {name!r}; it must be one of {', '.join(FORMS[op])}.")
         if missing := _missing(name, device=device, half=half):
             raise ConfigError(f"engine.kernels.{op} is {name!r}, which cannot run here: {missing}.")
-    return tuple(
-        Choice(op, overrides[op], "engine.kernels")
-        if op in overrides
-        else Choice(op, *_fastest(op, device=device, half=half, compiled=compiled))
-        for op in FORMS
-    )
+    return tuple(_choose(op, device=device, half=half, compiled=compiled, overrides=overrides) for op in FORMS)
+
+
+_PARTS = ("rotary", "attention", "document_attention")
+"""Whose work rotary_attention does."""
+
+
+def _choose(op: str, *, device: str, half: bool, compiled: bool, overrides: Mapping[str, str]) -> Choice:
+    if op in overrides:
+        return Choice(op, overrides[op], "engine.kernels")
+    named = [part for part in _PARTS if part in overrides]
+    if op == "rotary_attention" and named:
+        return Choice(op, "apart", f"engine.kernels names {named[0]}")
+    return Choice(op, *_fastest(op, device=device, half=half, compiled=compiled))
 
 
 def _missing(name: str, *, device: str, half: bool) -> str | None:
-    """What an implementation needs and does not have; None where it can run."""
+    """What an implementation needs and does not have; None where it can run. Asked of those in C, it has them built."""
     imagined = device == "cuda" and not torch.cuda.is_available()
     match name:
         case "triton" if device == "cpu" and not os.environ.get("TRITON_INTERPRET"):

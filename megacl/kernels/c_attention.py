@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacl.kernels import c_library, reference
+from megacl.kernels import c_library, fused, reference, varlen
 
 
-class _Call(ctypes.Structure):
+class _Arguments(ctypes.Structure):
     """`call` of attention.c."""
 
     _fields_ = (
@@ -34,7 +34,7 @@ class _Call(ctypes.Structure):
     )
 
 
-def _call(
+def _run(
     function: str,
     qkv_BTHE: Tensor,
     cos: Tensor,
@@ -47,7 +47,7 @@ def _call(
     batch, length, all_heads, width = qkv_BTHE.shape
     if bounds_D is None:
         bounds_D = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32)
-    call = _Call(
+    arguments = _Arguments(
         documents=bounds_D.numel() - 1,
         heads=all_heads - 2 * kv_heads,
         kv_heads=kv_heads,
@@ -61,12 +61,24 @@ def _call(
         by_place=cos.ndim == 2,
         threads=torch.get_num_threads(),
     )
-    run = getattr(c_library.load(), function)
-    if run(ctypes.byref(call), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in more)):
+    compute = getattr(c_library.load(), function)
+    if compute(ctypes.byref(arguments), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in more)):
         raise MemoryError("no memory for the attention of one head")
 
 
-@torch.library.custom_op("megacl::c_attention", mutates_args=())
+# Not torch.library.custom_op: its first call imports the compiler, which takes two seconds.
+torch.library.define(
+    "megacl::c_attention",
+    "(Tensor qkv, Tensor cos, Tensor sin, Tensor? bounds, int kv_heads, float scale) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "megacl::c_attention_backward",
+    "(Tensor dmixed, Tensor qkv, Tensor cos, Tensor sin, Tensor? bounds, Tensor mixed, Tensor log_sum, int kv_heads, "
+    "float scale) -> Tensor",
+)
+
+
+@torch.library.impl("megacl::c_attention", "CPU")
 def _attention(
     qkv_BTHE: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds_D: Tensor | None, kv_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -74,11 +86,11 @@ def _attention(
     batch, length, all_heads, width = qkv_BTHE.shape
     mixed_BTHE = qkv_BTHE.new_empty(batch, length, all_heads - 2 * kv_heads, width)
     log_sum_BTH = qkv_BTHE.new_empty(mixed_BTHE.shape[:3])
-    _call("attention_forward", qkv_BTHE, cos_PR, sin_PR, bounds_D, kv_heads, scale, mixed_BTHE, log_sum_BTH)
+    _run("attention_forward", qkv_BTHE, cos_PR, sin_PR, bounds_D, kv_heads, scale, mixed_BTHE, log_sum_BTH)
     return mixed_BTHE, log_sum_BTH
 
 
-@_attention.register_fake
+@torch.library.register_fake("megacl::c_attention")
 def _attention_shape(
     qkv_BTHE: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds_D: Tensor | None, kv_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -87,7 +99,7 @@ def _attention_shape(
     return qkv_BTHE.new_empty(batch, length, heads, width), qkv_BTHE.new_empty(batch, length, heads)
 
 
-@torch.library.custom_op("megacl::c_attention_backward", mutates_args=())
+@torch.library.impl("megacl::c_attention_backward", "CPU")
 def _attention_backward(
     dmixed_BTHE: Tensor,
     qkv_BTHE: Tensor,
@@ -101,11 +113,11 @@ def _attention_backward(
 ) -> Tensor:
     dqkv_BTHE = torch.empty_like(qkv_BTHE)
     more = (mixed_BTHE, log_sum_BTH, dmixed_BTHE.contiguous(), dqkv_BTHE)
-    _call("attention_backward", qkv_BTHE, cos_PR, sin_PR, bounds_D, kv_heads, scale, *more)
+    _run("attention_backward", qkv_BTHE, cos_PR, sin_PR, bounds_D, kv_heads, scale, *more)
     return dqkv_BTHE
 
 
-@_attention_backward.register_fake
+@torch.library.register_fake("megacl::c_attention_backward")
 def _attention_backward_shape(dmixed_BTHE: Tensor, qkv_BTHE: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(qkv_BTHE)
 
@@ -117,20 +129,46 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dmixed_BTHE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     qkv_BTHE, cos_PR, sin_PR, *output = ctx.saved_tensors
-    dqkv_BTHE = _attention_backward(dmixed_BTHE, qkv_BTHE, cos_PR, sin_PR, ctx.bounds, *output, ctx.kv_heads, ctx.scale)
+    dqkv_BTHE = torch.ops.megacl.c_attention_backward(
+        dmixed_BTHE, qkv_BTHE, cos_PR, sin_PR, ctx.bounds, *output, ctx.kv_heads, ctx.scale
+    )
     return dqkv_BTHE, None, None, None, None, None
 
 
-_attention.register_autograd(_differentiate, setup_context=_keep)
+def _refuse(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError("attention by megacl::c_attention has no second derivative")
+
+
+torch.library.register_autograd("megacl::c_attention", _differentiate, setup_context=_keep)
+torch.library.register_autograd("megacl::c_attention_backward", _refuse)
 
 
 def rotary_attention(
     qkv_BTHE: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds_D: Tensor | None, kv_heads: int, scale: float
 ) -> Tensor:
-    """`Kernels.rotary_attention`; what is not in fp32 goes the reference's way."""
+    """`Kernels.rotary_attention`; what is not in fp32 is computed by parts."""
+    batch, length, _, width = qkv_BTHE.shape
+    half = cos_PR.shape[-1]
     if qkv_BTHE.dtype != torch.float32 or not qkv_BTHE.numel():
-        return reference.rotary_attention(qkv_BTHE, cos_PR, sin_PR, bounds_D, kv_heads, scale)
-    tables = (table.float().contiguous() for table in (cos_PR, sin_PR))
+        return _by_parts(qkv_BTHE, cos_PR, sin_PR, bounds_D, kv_heads, scale)
+    if bounds_D is not None:
+        bounds_D = bounds_D.int().contiguous()
+    by_place = bounds_D is None and cos_PR.ndim == 2
+    shape = (length, half) if by_place else (batch, 1, length, half)
+    if 2 * half > width or any(table_PR.shape[-2] != length for table_PR in (cos_PR, sin_PR)):
+        raise ValueError(f"tables of {tuple(cos_PR.shape)} for {length} places and heads of {width}")
+    cos, sin = (table_PR.float().expand(shape).contiguous() for table_PR in (cos_PR, sin_PR))
     mixed_BTHE: Tensor
-    mixed_BTHE, _ = _attention(qkv_BTHE.contiguous(), *tables, bounds_D, kv_heads, scale)
+    mixed_BTHE, _ = torch.ops.megacl.c_attention(qkv_BTHE.contiguous(), cos, sin, bounds_D, kv_heads, scale)
     return mixed_BTHE
+
+
+def _by_parts(
+    qkv_BTHE: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds_D: Tensor | None, kv_heads: int, scale: float
+) -> Tensor:
+    heads = qkv_BTHE.shape[2] - 2 * kv_heads
+    q_BHTE, k_BKTE, v_BKTE = torch.split(qkv_BTHE.transpose(1, 2), [heads, kv_heads, kv_heads], dim=1)
+    q_BHTE, k_BKTE = (reference.rotary(x_BHTE, cos_PR, sin_PR) for x_BHTE in (q_BHTE, k_BKTE))
+    if bounds_D is None:
+        return fused.attention(q_BHTE, k_BKTE, v_BKTE, scale).transpose(1, 2)
+    return varlen.one_by_one(q_BHTE, k_BKTE, v_BKTE, bounds_D, scale).transpose(1, 2)

@@ -8,19 +8,25 @@ import ctypes
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megacl.kernels import c_library, onednn, reference
 
 _ROWS = 64
-"""ROWS of gelu.c."""
+"""Whose part of the bias' gradient is summed up by one thread; the parts are added in their order."""
 
 
 def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
 
 
-@torch.library.custom_op("megacl::c_gelu", mutates_args=())
+# Not torch.library.custom_op: its first call imports the compiler, which takes two seconds.
+torch.library.define("megacl::c_gelu", "(Tensor x, Tensor bias, bool tanh) -> Tensor")
+torch.library.define("megacl::c_gelu_backward", "(Tensor dy, Tensor x, Tensor bias, bool tanh) -> (Tensor, Tensor)")
+
+
+@torch.library.impl("megacl::c_gelu", "CPU")
 def _gelu(x_NF: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
     """x and bias contiguous, in fp32."""
     y_NF = torch.empty_like(x_NF)
@@ -29,23 +35,23 @@ def _gelu(x_NF: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
     return y_NF
 
 
-@_gelu.register_fake
+@torch.library.register_fake("megacl::c_gelu")
 def _gelu_shape(x_NF: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
     return torch.empty_like(x_NF)
 
 
-@torch.library.custom_op("megacl::c_gelu_backward", mutates_args=())
+@torch.library.impl("megacl::c_gelu_backward", "CPU")
 def _gelu_backward(dy_NF: Tensor, x_NF: Tensor, bias_F: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     dx_NF = torch.empty_like(x_NF)
     sums = x_NF.new_zeros(-(-x_NF.shape[0] // _ROWS), x_NF.shape[1])
     sizes = (ctypes.c_int64(size) for size in x_NF.shape)
     dy_NF = dy_NF.contiguous()
     tensors = _pointers(x_NF, bias_F, dy_NF, dx_NF, sums)
-    c_library.load().gelu_backward(*sizes, *tensors, tanh, torch.get_num_threads())
+    c_library.load().gelu_backward(*sizes, *tensors, ctypes.c_int64(_ROWS), tanh, torch.get_num_threads())
     return dx_NF, sums.sum(0)
 
 
-@_gelu_backward.register_fake
+@torch.library.register_fake("megacl::c_gelu_backward")
 def _gelu_backward_shape(dy_NF: Tensor, x_NF: Tensor, bias_F: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_NF), torch.empty_like(bias_F)
 
@@ -56,18 +62,23 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy_NF: Tensor) -> tuple[Tensor | None, ...]:
-    return *_gelu_backward(dy_NF, *ctx.saved_tensors, ctx.tanh), None
+    return *torch.ops.megacl.c_gelu_backward(dy_NF, *ctx.saved_tensors, ctx.tanh), None
 
 
-_gelu.register_autograd(_differentiate, setup_context=_keep)
+def _refuse(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError("GELU by megacl::c_gelu has no second derivative")
+
+
+torch.library.register_autograd("megacl::c_gelu", _differentiate, setup_context=_keep)
+torch.library.register_autograd("megacl::c_gelu_backward", _refuse)
 
 
 def linear_gelu(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, *, tanh: bool = False) -> Tensor:
-    """`Kernels.linear_gelu`; what is not in fp32 goes the reference's way."""
-    if x.dtype != torch.float32 or not x.numel():
-        return reference.linear_gelu(x, weight_FD, bias_F, tanh=tanh)
+    """`Kernels.linear_gelu`; what is not in fp32 is PyTorch's."""
     product = onednn.linear if onednn.is_faster() and onednn.available() else reference.linear
     z = product(x, weight_FD)
     bias = z.new_zeros(z.shape[-1]) if bias_F is None else bias_F
-    y: Tensor = _gelu(z.flatten(0, -2), bias, tanh)
+    if z.dtype != torch.float32 or bias.dtype != torch.float32 or not z.numel():
+        return F.gelu(z + bias, approximate="tanh" if tanh else "none")
+    y: Tensor = torch.ops.megacl.c_gelu(z.reshape(-1, z.shape[-1]), bias.contiguous(), tanh)
     return y.view_as(z)

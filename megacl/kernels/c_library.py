@@ -1,4 +1,5 @@
-"""Kernels in C for a CPU, compiled where they run: by the machine's own compiler, once, for the very processor.
+"""Kernels in C for a CPU, compiled where they run: by the machine's own compiler (GCC 9 or later), once, for the very
+processor.
 
     c_library.load().gelu_forward(...)      # a ctypes.CDLL of megacl/kernels/c; UnavailableError where it cannot be had
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  # the OpenMP runtime comes with it
 
-_OPTIONS = ["-O3", "-march=native", "-fPIC", "-fopenmp"]
+_OPTIONS = ["-O3", "-march=native", "-fwrapv", "-fPIC", "-fopenmp"]
 _SECONDS = 120
 _SOURCES = Path(__file__).with_name("c")
 
@@ -31,7 +32,10 @@ class UnavailableError(Exception):
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library, built if it is not there yet."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    try:
+        compiler = shlex.split(os.environ.get("CC") or "cc")
+    except ValueError:
+        raise UnavailableError(f"CC={os.environ['CC']} is no command") from None
     version = _run([*compiler, "--version"])
     texts = [path.read_text() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".c", ".h")]
     identity = "\n".join([*texts, version, *compiler, *_OPTIONS, _processor()])
@@ -39,13 +43,17 @@ def load() -> ctypes.CDLL:
     try:
         if not built.exists():
             _build(compiler, built)
+    except OSError as problem:
+        raise UnavailableError(f"it cannot be built: {problem}") from None
+    try:
         return ctypes.CDLL(str(built))
     except OSError as problem:
-        raise UnavailableError(f"{built}: {problem}") from None
+        raise UnavailableError(f"{problem}; without that file it is built anew") from None
 
 
+@functools.cache
 def unavailable() -> str | None:
-    """Why there is no library here; None where there is."""
+    """Why there is no library here; None where there is. The first one to ask has it built."""
     try:
         load()
     except UnavailableError as why:
@@ -64,12 +72,22 @@ def _build(compiler: list[str], built: Path) -> None:
         _run([*compiler, "-shared", *objects, "-o", linked, "-lm"])  # -fopenmp here would name a runtime
         with open(linked, "rb") as file:
             os.fsync(file.fileno())  # a library that a crash cut short would take the process with it
-        os.replace(linked, built)  # another process may have built the same
+        if not built.exists():  # another process may have built the same, and run it already
+            os.replace(linked, built)
 
 
 def _run(command: list[str]) -> str:
+    environment = {**os.environ, "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
     except OSError:
         raise UnavailableError(f"no C compiler: there is no {command[0]}") from None
     except subprocess.TimeoutExpired:
@@ -81,7 +99,10 @@ def _run(command: list[str]) -> str:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "megacl"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if not root.is_absolute():
+        raise UnavailableError("there is no home directory to keep it in; set XDG_CACHE_HOME")
+    return root / "megacl"
 
 
 def _processor() -> str:

@@ -71,6 +71,11 @@ def test_on_a_cpu_products_are_mkls_on_its_makers_cores_and_else_onednns(vendor,
     assert chosen(device="cpu", half=False, linear="onednn")["linear"] == "onednn"
 
 
+@pytest.mark.parametrize("part", ["rotary", "attention", "document_attention"])
+def test_naming_a_part_of_attention_has_the_parts_run(part):
+    assert chosen(device="cpu", half=False, **{part: "reference"})["rotary_attention"] == "apart"
+
+
 def test_each_choice_has_its_reason_and_an_override_says_so():
     ops = kernels.choose_kernels(device="cpu", half=False, compiled=False, overrides={"swiglu": "reference"})
     assert [choice.op for choice in ops.choices] == list(kernels.FORMS)

@@ -70,6 +70,23 @@ def test_logits_are_those_of_each_document_alone(config, attention):
 
 
 @FORMS
+def test_the_ops_of_a_cpu_keep_documents_apart_and_learn_the_same(config):
+    """In fp32, where attention with rotary position may be one op; the losses and gradients of the parts are in fp64."""
+    ops = kernels.choose_kernels(device="cpu", half=False, compiled=False, overrides={})
+    exact, _ = models(config, "one_by_one")
+    ours = build_model(config, seed=2)
+    ours.load_state_dict({name: value.float() for name, value in exact.state_dict().items()})
+    ours.document_end = END
+    ours.use(ops)
+    tokens = torch.tensor(ROWS)
+    for model in (exact, ours):
+        model(tokens[:, :-1], tokens[:, 1:])[0].backward()
+    for name, gradient in gradients(ours).items():
+        expected = gradients(exact)[name]
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@FORMS
 def test_documents_are_apart_where_heads_are_normed(config):
     apart, plain = models(replace(config, qk_norm="layer_norm"), "one_by_one")
     logits_BTV = apart(torch.tensor(ROWS))

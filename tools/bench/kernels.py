@@ -72,6 +72,8 @@ def cases(tokens: int, hidden: int, vocab: int, *, device: str, dtype: torch.dty
     qk_BHTE = qkv_BTHE[:, :, : 2 * heads].transpose(1, 2)
     angles_TR = torch.randn(length, 32, device=device)
     whole, quarter = ((angles_TR[:, :r].cos(), angles_TR[:, :r].sin()) for r in (32, 8))
+    quarter_TR = [table[:256] for table in quarter]
+    short_BTHE = values(tokens // min(tokens, 256), min(tokens, 256), 3 * heads, 64)
     targets = torch.randint(vocab, (tokens,), device=device)
     head = (0.02 * values(vocab, hidden)).detach().requires_grad_()
     return [
@@ -79,6 +81,15 @@ def cases(tokens: int, hidden: int, vocab: int, *, device: str, dtype: torch.dty
         Case("layer_norm", (x, weight, bias, EPS, residual), {}, bytes_moved=8 * x.numel() * size),
         Case("rotary", (qk_BHTE, *whole), {}, bytes_moved=4 * qk_BHTE.numel() * size),
         Case("rotary", (qk_BHTE, *quarter), {}, bytes_moved=4 * qk_BHTE.numel() * size),
+        *(
+            Case(
+                "rotary_attention",
+                (qkv, *turns, None, heads, 64**-0.5),
+                {},
+                flops=6 * tokens * qkv.shape[1] * hidden,  # of the causal half
+            )
+            for qkv, turns in ((short_BTHE, quarter_TR), (qkv_BTHE, quarter))
+        ),
         Case("swiglu", (values(tokens, 2 * inner),), {}, bytes_moved=8 * tokens * inner * size),
         Case("linear", (x, values(hidden, hidden), bias), {}, flops=3 * 2 * tokens * hidden * hidden),
         Case(
@@ -98,15 +109,37 @@ def cases(tokens: int, hidden: int, vocab: int, *, device: str, dtype: torch.dty
 
 def implementations(case: Case, *, device: str, compiled: bool) -> dict[str, Callable[..., Any]]:
     """Those of ours that run here, and others' beside them."""
-    found: dict[str, Callable[..., Any]] = dict(kernels.FORMS[case.op])
+    found: dict[str, Callable[..., Any]] = {
+        name: form for name, form in kernels.FORMS[case.op].items() if form is not None
+    }
     if device == "cpu":
         found.pop("triton", None)  # it would be interpreted
+    if device != "cpu" or kernels.c_library.unavailable():
+        found.pop("c", None)
+    if case.op == "rotary_attention":
+        found["apart"] = functools.partial(rotary_and_attention, kernels_here(device))
     if compiled:
         found["compiled"] = torch.compile(kernels.FORMS[case.op]["reference"], dynamic=False)
     partial = case.op == "rotary" and 2 * case.inputs[1].shape[-1] < case.inputs[0].shape[-1]
     if device == "cuda" and not partial and (liger := liger_op(case.op)):  # liger turns whole heads
         found["liger"] = liger
     return found
+
+
+def kernels_here(device: str) -> kernels.Kernels:
+    """What would run here in the dtype that is measured."""
+    return kernels.choose_kernels(device=device, half=device == "cuda", compiled=False, overrides={})
+
+
+def rotary_and_attention(
+    ops: kernels.Kernels, qkv_BTHE: Tensor, cos: Tensor, sin: Tensor, _: None, kv_heads: int, scale: float
+) -> Tensor:
+    """The parts of rotary_attention as a model's layer puts them together."""
+    heads = qkv_BTHE.shape[2] - 2 * kv_heads
+    qk_BHTE, v_BKTE = (x.transpose(1, 2) for x in torch.split(qkv_BTHE, [heads + kv_heads, kv_heads], dim=2))
+    q_BHTE, k_BKTE = torch.split(ops.rotary(qk_BHTE, cos, sin), [heads, kv_heads], dim=1)
+    mixed: Tensor = ops.attention(q_BHTE, k_BKTE, v_BKTE, scale).transpose(1, 2).flatten(2)
+    return mixed
 
 
 def liger_op(op: str) -> Callable[..., Any] | None:
@@ -248,7 +281,11 @@ def main() -> None:
     print(f"copy {limits.bandwidth / 1e9:.1f} GB/s, product {limits.flops / 1e9:.1f} GFLOP/s")
     print(f"{'op':22}{'implementation':16}{'forward':>10}{'and back':>10}{'kept':>10}{'rate':>18}{'share':>7}")
     for case in cases(chosen.tokens, chosen.hidden, chosen.vocab, device=device, dtype=dtype):
-        part = f" {2 * case.inputs[1].shape[-1]}/64" if case.op == "rotary" else ""
+        part = ""
+        if case.op == "rotary":
+            part = f" {2 * case.inputs[1].shape[-1]}/64"
+        elif case.op == "rotary_attention":
+            part = f" {case.inputs[0].shape[1]}"  # tokens of a sequence
         unit = "GB/s" if case.bytes_moved else "GFLOP/s"
         for row in measure(case, limits, device=device, compiled=chosen.compiled, repeats=chosen.repeats):
             print(

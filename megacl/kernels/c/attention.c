@@ -151,12 +151,16 @@ static float exponentials(float *row, i64 seen, i64 read, float *top)
 {
     vec highest = all(-INFINITY), sum = {0};
     for (i64 j = 0; j < seen; j += LANES) {
-        vec x = pick(LANE < (int32_t)(seen - j), load(row + j), all(-INFINITY));
+        vec x = load(row + j);
+        if (j + LANES > seen)
+            x = pick(LANE < (int32_t)(seen - j), x, all(-INFINITY));
         highest = pick(x > highest, x, highest);
     }
     *top = max_of(highest);
     for (i64 j = 0; j < read; j += LANES) {
-        vec x = pick(LANE < (int32_t)(seen - j), exp2_of(load(row + j) - *top), (vec){0});
+        vec x = exp2_of(load(row + j) - *top);
+        if (j + LANES > seen)
+            x = pick(LANE < (int32_t)(seen - j), x, (vec){0});
         sum += x;
         store(row + j, x);
     }
@@ -220,10 +224,14 @@ int attention_forward(const call *c, float *mixed, float *log_sum)
 static void differentiate(float *s, float *ds, i64 seen, i64 read, float log_sum, float delta)
 {
     for (i64 j = 0; j < read; j += LANES) {
-        ivec sees = LANE < (int32_t)(seen - j);
-        vec weight = pick(sees, exp2_of(load(s + j) - log_sum), (vec){0});
+        vec weight = exp2_of(load(s + j) - log_sum), slope = weight * (load(ds + j) - delta);
+        if (j + LANES > seen) {
+            ivec sees = LANE < (int32_t)(seen - j);
+            weight = pick(sees, weight, (vec){0});
+            slope = pick(sees, slope, (vec){0});
+        }
         store(s + j, weight);
-        store(ds + j, pick(sees, weight * (load(ds + j) - delta), (vec){0}));
+        store(ds + j, slope);
     }
 }
 

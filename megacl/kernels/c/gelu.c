@@ -5,8 +5,6 @@
  */
 #include "vectors.h"
 
-#define ROWS 64 /* of a task, whose sums of the bias' gradient are added in order: the same for any number of threads */
-
 typedef struct {
     vec value, slope;
 } point;
@@ -92,13 +90,13 @@ static inline __attribute__((always_inline)) void backward(int64_t width, const 
     }
 }
 
-/* sums: [up to the rows / ROWS][width], zeros, where each task leaves the sum of its rows of dx. */
+/* sums: [rows / rows_of_task, rounded up][width], zeros, where each task leaves the sum of its rows of dx. */
 void gelu_backward(int64_t rows, int64_t width, const float *x, const float *bias, const float *dy, float *dx,
-                   float *sums, int tanh, int threads)
+                   float *sums, int64_t rows_of_task, int tanh, int threads)
 {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t task = 0; task < (rows + ROWS - 1) / ROWS; task++)
-        for (int64_t row = task * ROWS; row < rows && row < (task + 1) * ROWS; row++)
+    for (int64_t task = 0; task < (rows + rows_of_task - 1) / rows_of_task; task++)
+        for (int64_t row = task * rows_of_task; row < rows && row < (task + 1) * rows_of_task; row++)
             if (tanh)
                 backward(width, x + row * width, bias, dy + row * width, dx + row * width, sums + task * width, 1);
             else

@@ -1,4 +1,4 @@
-/* Vectors of the widest registers that the compiler was told of, by GCC's and Clang's vector extensions. */
+/* Vectors of the widest registers that the compiler was told of, by GCC's vector extensions. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -62,7 +62,7 @@ static inline float max_of(vec v)
 }
 
 /* 2^x for x < 0.5: 2^n by the exponent's bits, times the Taylor series of 2^f for |f| <= 1/2, whose rest is below 1e-8;
- * never less than 2^-126. */
+ * never less than 2^-126. Of any other x it is some number; of what is not a number, that. */
 static inline vec exp2_of(vec x)
 {
     x = pick(x < -126.0f, all(-126.0f), x);
