@@ -190,7 +190,16 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         (ours.c_attention, (qkv, *by_token, bounds, 1, 0.3)),
         (
             ours.c_attention_backward,
-            (drawn(2, 5, 2, 8).detach(), qkv.detach(), *by_place, None, qkv.detach()[:, :, :2], drawn(2, 5, 2).detach(), 1, 0.3),
+            (
+                drawn(2, 5, 2, 8).detach(),
+                qkv.detach(),
+                *by_place,
+                None,
+                qkv.detach()[:, :, :2],
+                drawn(2, 5, 2).detach(),
+                1,
+                0.3,
+            ),
         ),
         (ours.c_gelu, (x, bias, False)),
         (ours.c_gelu_backward, (drawn(5, 7, seed=3).detach(), x.detach(), bias.detach(), True)),
