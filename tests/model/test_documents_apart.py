@@ -71,7 +71,7 @@ def test_logits_are_those_of_each_document_alone(config, attention):
 
 @FORMS
 def test_the_ops_of_a_cpu_keep_documents_apart_and_learn_the_same(config):
-    """In fp32, where attention with rotary position may be one op; the losses and gradients of the parts are in fp64."""
+    """In fp32, where attention with rotary position may be one op, beside the parts in fp64."""
     ops = kernels.choose_kernels(device="cpu", half=False, compiled=False, overrides={})
     exact, _ = models(config, "one_by_one")
     ours = build_model(config, seed=2)
