@@ -90,7 +90,7 @@ def _attention(
     return mixed_BTHE, log_sum_BTH
 
 
-@torch.library.register_fake("megacl::c_attention")
+@torch.library.register_fake("megacl::c_attention")  # type: ignore[untyped-decorator]
 def _attention_shape(
     qkv_BTHE: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds_D: Tensor | None, kv_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def _attention_backward(
     return dqkv_BTHE
 
 
-@torch.library.register_fake("megacl::c_attention_backward")
+@torch.library.register_fake("megacl::c_attention_backward")  # type: ignore[untyped-decorator]
 def _attention_backward_shape(dmixed_BTHE: Tensor, qkv_BTHE: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(qkv_BTHE)
 

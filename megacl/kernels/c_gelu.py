@@ -35,7 +35,7 @@ def _gelu(x_NF: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
     return y_NF
 
 
-@torch.library.register_fake("megacl::c_gelu")
+@torch.library.register_fake("megacl::c_gelu")  # type: ignore[untyped-decorator]
 def _gelu_shape(x_NF: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
     return torch.empty_like(x_NF)
 
@@ -51,7 +51,7 @@ def _gelu_backward(dy_NF: Tensor, x_NF: Tensor, bias_F: Tensor, tanh: bool) -> t
     return dx_NF, sums.sum(0)
 
 
-@torch.library.register_fake("megacl::c_gelu_backward")
+@torch.library.register_fake("megacl::c_gelu_backward")  # type: ignore[untyped-decorator]
 def _gelu_backward_shape(dy_NF: Tensor, x_NF: Tensor, bias_F: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_NF), torch.empty_like(bias_F)
 
