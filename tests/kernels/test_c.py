@@ -246,6 +246,8 @@ def test_second_derivatives_are_refused():
 
 # ---------------------------------------------------------------------------------------------------------- the library
 
+# Each build takes some seconds, so that those which build twice, or show less, are among the long ones.
+
 
 def choice(cache: Path, **environment: str) -> str:
     """What a process says of its attention."""
@@ -274,6 +276,7 @@ def test_it_is_built_once_and_then_found(tmp_path):
     assert built.suffix == ".so"
 
 
+@pytest.mark.long
 def test_another_compiler_builds_its_own(tmp_path):
     other = compiler(tmp_path / "other", 'case "$1" in --version) echo other;; *) exec cc "$@";; esac')
     choice(tmp_path / "cache")
@@ -310,6 +313,7 @@ def test_an_environment_that_names_nothing_usable_leaves_pytorchs_ops(environmen
     assert said in line
 
 
+@pytest.mark.long
 def test_a_library_that_is_damaged_is_named(tmp_path):
     choice(tmp_path)
     (built,) = (tmp_path / "megacl").iterdir()
@@ -317,7 +321,8 @@ def test_a_library_that_is_damaged_is_named(tmp_path):
     assert f"{built}: " in choice(tmp_path)
 
 
-def test_one_that_is_empty_is_cc(tmp_path):
+@pytest.mark.long
+def test_an_empty_name_of_a_compiler_means_cc(tmp_path):
     assert "implementation='c'" in choice(tmp_path, CC="")
 
 
