@@ -150,7 +150,16 @@ def rotary_attention(
     batch, length, _, width = qkv_BTHE.shape
     half = cos_PR.shape[-1]
     if qkv_BTHE.dtype != torch.float32 or not qkv_BTHE.numel():
-        return _by_parts(qkv_BTHE, cos_PR, sin_PR, bounds_D, kv_heads, scale)
+        return reference.rotary_attention(
+            qkv_BTHE,
+            cos_PR,
+            sin_PR,
+            bounds_D,
+            kv_heads,
+            scale,
+            attention=fused.attention,
+            document_attention=varlen.one_by_one,
+        )
     if bounds_D is not None:
         bounds_D = bounds_D.int().contiguous()
     by_place = bounds_D is None and cos_PR.ndim == 2
@@ -161,14 +170,3 @@ def rotary_attention(
     mixed_BTHE: Tensor
     mixed_BTHE, _ = torch.ops.megacl.c_attention(qkv_BTHE.contiguous(), cos, sin, bounds_D, kv_heads, scale)
     return mixed_BTHE
-
-
-def _by_parts(
-    qkv_BTHE: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds_D: Tensor | None, kv_heads: int, scale: float
-) -> Tensor:
-    heads = qkv_BTHE.shape[2] - 2 * kv_heads
-    q_BHTE, k_BKTE, v_BKTE = torch.split(qkv_BTHE.transpose(1, 2), [heads, kv_heads, kv_heads], dim=1)
-    q_BHTE, k_BKTE = (reference.rotary(x_BHTE, cos_PR, sin_PR) for x_BHTE in (q_BHTE, k_BKTE))
-    if bounds_D is None:
-        return fused.attention(q_BHTE, k_BKTE, v_BKTE, scale).transpose(1, 2)
-    return varlen.one_by_one(q_BHTE, k_BKTE, v_BKTE, bounds_D, scale).transpose(1, 2)

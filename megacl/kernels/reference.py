@@ -3,6 +3,8 @@
 Signatures and meanings stand in `kernels.Kernels`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,7 +80,15 @@ def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bounds_D:
 
 
 def rotary_attention(
-    qkv_BTHE: Tensor, cos_PR: Tensor, sin_PR: Tensor, bounds_D: Tensor | None, kv_heads: int, scale: float
+    qkv_BTHE: Tensor,
+    cos_PR: Tensor,
+    sin_PR: Tensor,
+    bounds_D: Tensor | None,
+    kv_heads: int,
+    scale: float,
+    *,
+    attention: Callable[..., Tensor] = attention,
+    document_attention: Callable[..., Tensor] = document_attention,
 ) -> Tensor:
     """The queries and keys turned, then either attention."""
     heads = qkv_BTHE.shape[2] - 2 * kv_heads
