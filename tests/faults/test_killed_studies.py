@@ -64,7 +64,8 @@ def test_killed_and_stopped_at_random_moments_a_study_ends_as_if_undisturbed(
             process.send_signal(number)
         _, err = process.communicate(timeout=300)
         status = process.returncode
-        assert status in (0, 75, -number), err
+        # Before a study listens, while it imports, a signal ends it by itself; Ctrl-C as 130, through typer.
+        assert status in (0, 75, -number, *([128 + number] if number == signal.SIGINT else [])), err
         if status == 75:
             assert not runs_of(tmp_path / "study")  # it has waited for them
         rounds += 1
