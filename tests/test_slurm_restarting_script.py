@@ -146,29 +146,55 @@ def test_the_job_ends_as_it_is_told_or_with_sruns_status_where_nobody_tells(
     assert (ran.status, ran.notes) == (status, ["srun", ASKED.format(137)]), ran.log
 
 
-@pytest.mark.parametrize("status", [75, 138])
-def test_a_studys_run_that_was_stopped_is_requeued_alone(tmp_path: Path, status: int) -> None:
-    """SLURM_JOB_ID of an array's last task is the number of the whole array."""
+def run_study_task(folder: Path, *, does: str, restart: int = 0) -> Ran:
+    """Runs the second task of a study's array, whose command does so much of bash."""
     job = Job(
         kind="study",
         name="a study",
-        run_dir=tmp_path,
+        run_dir=folder,
         number=1,
-        workdir=tmp_path,
-        python=str(tmp_path / "python"),
+        workdir=folder,
+        python=str(folder / "python"),
         command=("study", "study.yaml", "--only"),
         alone=True,
         array="1-2",
-        runs=("first", "second"),
+        runs=("first", "the second"),
     )
-    for name, text in (("python", f"exit {status}"), ("scontrol", f'echo "$*" >>{tmp_path}/notes'), ("sleep", "exit")):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("python", does), ("scontrol", f"echo \"$*\" >>'{folder}/notes'"), ("sleep", "/bin/sleep 0.1")):
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restart)}
     environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     script = render_script(job, ClusterConfig())
+    (folder / "notes").write_text("")
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, (tmp_path / "notes").read_text()) == (75, "requeue 7_2\n"), done.stderr
+    return Ran(done.returncode, (folder / "notes").read_text().splitlines(), done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize("status", [75, 138])
+def test_a_studys_run_that_was_stopped_is_requeued_alone(tmp_path: Path, status: int) -> None:
+    """SLURM_JOB_ID of an array's last task is the number of the whole array."""
+    ran = run_study_task(tmp_path, does=f"exit {status}")
+    assert (ran.status, ran.notes) == (75, ["requeue 7_2"]), ran.log
+
+
+def test_a_studys_run_that_saves_nothing_new_in_three_stretches_is_not_requeued_again(tmp_path: Path) -> None:
+    saves = "mkdir -p 'runs/the second/checkpoints/step-1' && touch 'runs/the second/checkpoints/step-1/manifest.json'"
+    stretches = ["exit 75", "exit 75", f"/bin/sleep 0.1; {saves}; exit 75", "exit 75", "exit 138", "exit 75"]
+    ran = [run_study_task(tmp_path, does=does, restart=number) for number, does in enumerate(stretches)]
+    assert [each.notes for each in ran] == [["requeue 7_2"]] * 5 + [[]]
+    assert all(each.status == 75 for each in ran)
+    assert "stopped 3 times without a new step saved" in ran[-1].log
+    # Submitted again, it has another three.
+    assert run_study_task(tmp_path, does="exit 75").notes == ["requeue 7_2"]
+
+
+def test_a_studys_run_is_told_again_where_its_container_has_lost_the_signal(tmp_path: Path) -> None:
+    deaf = "trap 'heard+=x' USR1; kill -USR1 $PPID; until [[ $heard == xxx* ]]; do /bin/sleep 0.05; done; exit 75"
+    ran = run_study_task(tmp_path, does=deaf)
+    assert (ran.status, ran.notes) == (75, ["requeue 7_2"]), ran.log
+    assert "Terminated" not in ran.log
 
 
 def test_a_signal_during_the_prologue_does_not_end_the_job_but_has_it_requeued(tmp_path: Path) -> None:
