@@ -15,12 +15,13 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check format clean
+.PHONY: help demo test test-long test-gpu check format clean
 
 help:
 	@echo "make demo       pre-train a small model on English, go on with German, write demo/report.html"
 	@echo "make test       the quick tests"
 	@echo "make test-long  the tests that take minutes or need more than Python (a browser, a cluster)"
+	@echo "make test-gpu   the kernels' tests on this machine's GPU"
 	@echo "make check      format, lint, types, import rules; make format puts right what it can"
 	@echo "make clean      remove .venv, caches and the demo's files"
 
@@ -38,6 +39,10 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	$(PYTEST) -m long
+
+test-gpu: $(STAMP)
+	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu: PyTorch finds no GPU here")'
+	MEGACL_TEST_GPU=1 $(BIN)/python -m pytest tests/kernels tests/test_engine.py::test_batches_are_staged_in_pinned_memory_on_a_gpu
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

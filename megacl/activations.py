@@ -1,6 +1,6 @@
 """What a forward and backward pass takes beside the weights, counted op by op as the model's code goes through them.
 
-    ops = layer_ops(model, sizes, kernels, documents=False, exchanged=False)
+    ops = layer_ops(model, sizes, kernels, documents=False, exchanged=False, repeats=False)
     kept = sum(op.keeps for op in ops)          # what autograd keeps of one layer until its backward pass
 
 Pure arithmetic; `megacl.memory` puts it together with weights, gradients and the optimizer's state. The ops stand in
@@ -83,12 +83,18 @@ class Sizes:
 
 
 def layer_ops(
-    model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, documents: bool, exchanged: bool
+    model: ModelConfig,
+    s: Sizes,
+    kernels: Mapping[str, str],
+    *,
+    documents: bool,
+    exchanged: bool,
+    repeats: bool,
 ) -> list[Op]:
     """The ops of a layer. kernels: the implementation of each op, by name.
 
     documents: whether attention stays inside documents; exchanged: whether it works on whole sequences, which came from
-    other ranks.
+    other ranks; repeats: whether each query head is given keys and values of its own where heads share them.
     """
     whole = kernels["rotary_attention"] == "c" and model.qk_norm == "none" and not exchanged
     copies = exchanged or (documents and not whole)  # of documents that are laid end to end, or of what came
@@ -102,7 +108,13 @@ def layer_ops(
         _norm(model, s, kernels, "attention_norm", keeps_input=True, waiting=waiting),
         _linear(s, "qkv", s.hidden, s.queries + 2 * s.keys, bias=qkv, waiting=waiting),
         _head_norms(model, s, kernels, copies=copies, waiting=waiting),
-        _attention(s, whole=whole, rotates=not (whole or copies), waiting=waiting),
+        _attention(
+            s,
+            whole=whole,
+            rotates=not (whole or copies),
+            repeats=repeats and s.keys < s.queries,
+            waiting=waiting,
+        ),
         _linear(s, "out", s.queries, s.hidden, bias=out, waiting=2 * waiting if parallel else waiting),
         _norm(model, s, kernels, "mlp_norm", keeps_input=not parallel, waiting=waiting),
         _linear(s, "up" if gelu else "gate_up", s.hidden, into_mlp, bias=mlp, waiting=waiting),
@@ -171,17 +183,19 @@ def _vectors(kind: str) -> int:
     return 2 if kind == "layer_norm" else 1
 
 
-def _attention(s: Sizes, *, whole: bool, rotates: bool, waiting: int) -> Op:
+def _attention(s: Sizes, *, whole: bool, rotates: bool, repeats: bool, waiting: int) -> Op:
     """Rotary position and attention: queries, keys and values, what comes out, log Z of each query.
 
     whole: whether it is one op, which keeps what qkv gave, and what comes out, which the next layer keeps. rotates:
     whether rotated queries and keys are kept beside all that qkv gave, of which the values are a view; else copies are.
+    repeats: whether each query head has keys and values of its own.
     """
     qkv, mixed = s.values(s.queries + 2 * s.keys), s.values(s.queries)
     rotated = s.values(s.queries + s.keys) if rotates else 0
     log_z = s.tokens * s.heads * WIDE
-    kept = rotated + qkv + log_z + (0 if whole else mixed)
-    return Op("attention", keeps=kept, backward=waiting + mixed + qkv, result=mixed + log_z)
+    repeated = 2 * mixed if repeats else 0
+    kept = rotated + qkv + log_z + repeated + (0 if whole else mixed)
+    return Op("attention", keeps=kept, backward=waiting + mixed + qkv + repeated, result=mixed + log_z)
 
 
 def _gelu(s: Sizes, waiting: int) -> Op:
@@ -223,7 +237,7 @@ def loss(s: Sizes, kernels: Mapping[str, str], *, chunk: int, fp16: bool, device
     in_softmax = logits * (WIDE if s.value == WIDE else s.value)
     if s.value < WIDE and kernels["linear_cross_entropy"] != "triton":
         in_softmax += logits * WIDE
-    in_products = 0
+    in_products = logits * WIDE + head * WIDE if kernels["linear_cross_entropy"] == "onednn" else 0
     if s.value < WIDE and device == "cpu":
         in_products = logits * (s.value + WIDE) + (head * WIDE if s.stream == WIDE else 0)
     return Op(

@@ -30,7 +30,7 @@ def engine_of(checkpoint: Checkpoint, ranks: Ranks) -> tuple[Engine, Ranks]:
     if device_here() == "cpu":  # nor do 16 bits and compiling pay on a CPU
         how = dataclasses.replace(how, precision="fp32", compile=False)
     ranks = ranks.arrange(tensor_parallel=how.tensor_parallel, sequence_parallel=1)
-    model = build_model(config.model, seed=config.seed, device="meta")
+    model = build_model(config.model, seed=None, device="meta")
     if config.boundaries == "attention":
         model.document_end = checkpoint.tokenizer().eos_id
     engine = build_engine(model, engine=how, optimizer=config.optimizer, ranks=ranks)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 
 from megacl.activations import WIDE, Op, Sizes, embedding, final_norm, layer_ops, loss, rotary_tables
 from megacl.config import EngineConfig
-from megacl.kernels import LOSS_CHUNK, choices_of_kernels
+from megacl.kernels import LOSS_CHUNK, choices_of_kernels, repeats_keys
 from megacl.log import table_text
 from megacl.model.config import ModelConfig
 from megacl.zero_memory import Held, held_by
@@ -98,7 +98,14 @@ def estimate_memory(
     """
     s = _sizes(model, engine, seq_length=seq_length, micro_batch_size=micro_batch_size)
     kernels = _implementations(engine, device=device)
-    ops = layer_ops(model, s, kernels, documents=documents, exchanged=engine.sequence_parallel > 1)
+    ops = layer_ops(
+        model,
+        s,
+        kernels,
+        documents=documents,
+        exchanged=engine.sequence_parallel > 1,
+        repeats=repeats_keys(device, s.value),
+    )
     walk = _Walk(
         tables=rotary_tables(model, s, documents=documents),
         embed=embedding(s),

@@ -71,6 +71,7 @@ def after_step(
         return replace(watch, overflows=watch.overflows + 1), ""
     else:
         trouble = "the gradient is not finite"
+        trouble += " in fp16, whatever the loss scale (bf16 has a wider range)" if fp16 else ""
     return replace(watch, skipped=watch.skipped + 1), trouble
 
 

@@ -113,7 +113,8 @@ def train(config: RunConfig, *, resume: bool = True, until_phase: str | None = N
                 until_the_end.enter_context(ending.attempt(ranks, step=step))
             if ranks.world_size > 1 or "SLURM_JOB_ID" in os.environ:
                 log.say(_check_health(found, ranks, run_dir))
-            model = build_model(found.config.model, seed=config.seed, device="meta")
+            given = found.origin.checkpoint or found.origin.parent  # a checkpoint that the run loads before all else
+            model = build_model(found.config.model, seed=None if given else config.seed, device="meta")
             if config.boundaries == "attention":
                 model.document_end = found.inputs.tokenizer.eos_id
             engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=ranks)

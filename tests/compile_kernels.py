@@ -3,8 +3,8 @@
     python tests/compile_kernels.py 90        # compute capability 9.0: a line of JSON for each kernel and its arguments
 
 The ops are called with tensors on the CPU, and each kernel that they launch is compiled for just those arguments, and
-not run. A line has the kernel's name, its registers a thread, what it spills from registers to memory and the
-widest of its loads and stores, in bytes.
+not run. A line has the kernel's name, its registers a thread, what it spills from registers to memory, the widest of
+its loads and stores, in bytes, and how many of its maxima and minima make a number of what is none.
 """
 
 import json
@@ -55,7 +55,8 @@ def compile_instead_of_running() -> None:
         widest = max(int(count or 1) * int(bits) // 8 for count, bits in widths)
         name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
         spilled = used["STACK"] + used["LOCAL"]
-        print(json.dumps({"kernel": name, "registers": used["REG"], "spilled": spilled, "widest": widest}))
+        line = {"kernel": name, "registers": used["REG"], "spilled": spilled, "widest": widest}
+        print(json.dumps(line | {"drops_nan": len(re.findall(r"\b(?:max|min)\.f32", kernel.asm["ptx"]))}))
         return kernel
 
     JITFunction.run = compile_only

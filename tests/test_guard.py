@@ -348,6 +348,16 @@ def test_an_fp16_overflow_uses_up_its_batch_and_its_place_in_the_schedule(prepar
     assert checkpoint.lineage.phases[0].passed_over == ((BATCH, 3 * BATCH),)
 
 
+def test_a_run_in_fp16_that_no_loss_scale_helps_goes_back_as_others_do(prepared: Prepared, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    settings = tree(prepared, run_dir, engine={"precision": "fp16"}, stability={"skip": 1, "go_back": 1})
+    assert train(settings, dict.fromkeys(range(4, 26), "broken")) == "done"
+    steps = metrics(run_dir, "step")
+    assert [record["step"] for record in steps if record["applied"]] == [1, 2, 3, 26, 27, 28, 29, 30]
+    (record,) = metrics(run_dir, "go_back")
+    assert record["step"] == 25  # 20 lower loss scales, one update skipped, and one too many
+
+
 def train_on_ranks(ranks: Ranks, settings: dict[str, Any], trouble: Trouble) -> str:
     trainer.start_ranks = lambda **_: ranks  # type: ignore[assignment]
     trainer.stop_ranks = lambda: None

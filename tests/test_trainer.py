@@ -184,6 +184,19 @@ def test_told_to_stop_and_started_again_a_run_ends_bitwise_as_if_undisturbed(
     assert losses(tmp_path / "run") == losses(whole)
 
 
+def test_a_run_that_has_a_checkpoint_to_load_draws_no_weights(
+    prepared: Prepared, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of billions of them that would take minutes at each restart."""
+    stop_after(from_tree(prepared.tree(tmp_path / "run")), steps=7)
+    monkeypatch.setattr("megacl.model.gpt._generator", pytest.fail)
+    assert train(from_tree(prepared.tree(tmp_path / "run"))) == "done"
+    assert last_state(tmp_path / "run") == last_state(whole)
+    child = prepared.tree(tmp_path / "child", start_from=str(whole))
+    child["phases"] = [{**child["phases"][0], "name": "more-english"}]
+    assert train(from_tree(child)) == "done"
+
+
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGUSR1])
 def test_a_signal_from_outside_saves_and_exits_with_75(
     prepared: Prepared, whole: Path, tmp_path: Path, number: signal.Signals

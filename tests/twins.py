@@ -15,6 +15,14 @@ _TRITON_RUNS = bool(importlib.util.find_spec("triton")) and (DEVICE == "cuda" or
 _NO_TRITON = "Triton is not installed, or has neither a GPU nor its interpreter here"
 
 TRITON = pytest.mark.skipif(not _TRITON_RUNS, reason=_NO_TRITON)
+OF_A_CPU = pytest.mark.skipif(DEVICE == "cuda", reason="a kernel for CPUs, and this run is about a GPU")
+
+
+def param(*values: Any, form: str) -> Any:
+    """The parameters of a test that end in an implementation's name, skipped where that cannot run."""
+    marks = {"triton": (TRITON,), "c": (OF_A_CPU,), "onednn": (OF_A_CPU,)}
+    return pytest.param(*values, form, marks=marks.get(form, ()))
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

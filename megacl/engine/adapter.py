@@ -138,6 +138,8 @@ def initialize(
     mpu = _ModelParallelUnit(ranks) if ranks.tp_size > 1 else None
     with contextlib.redirect_stdout(io.StringIO()):  # some stages print their memory
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)[0]
+    if config.precision == "fp16":
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # stability.py says when overflows are too many
     if config.zero_stage == 3 and config.precision in ("fp32", "tf32") and not config.offload_optimizer:
         # The shards are fp32 already: they serve as masters, where DeepSpeed keeps a copy of them.
         masters, shards = engine.optimizer.fp32_partitioned_groups_flat, engine.optimizer.fp16_partitioned_groups_flat

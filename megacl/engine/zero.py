@@ -1,6 +1,5 @@
 """The DeepSpeed engine: ZeRO over the ranks of a run."""
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 
@@ -25,7 +24,6 @@ from megacl.engine.gathering import (
     stretch_of,
     whole_of,
 )
-from megacl.engine.loss_scale import LossScale, too_small
 from megacl.engine.monitors import Slice
 from megacl.engine.replicas import compare_replicas
 from megacl.kernels import Choice, Kernels
@@ -49,6 +47,8 @@ class DeepSpeedEngine(Engine):
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         adapter.start(config, ranks)
         fresh = model.embed.weight.is_meta
+        if config.half and not fresh:
+            raise ValueError("in 16 bits DeepSpeed would round the weights of a model that is not on 'meta'")
         if fresh:
             dtype = dtype_of(config.precision)
 
@@ -68,7 +68,7 @@ class DeepSpeedEngine(Engine):
         )
         self._shards = {name: shard for name, each in model.named_parameters() if (shard := shard_of(each))}
         super().__init__(model, self._deepspeed, ops, config, optimizer, device=device, ranks=ranks)
-        if fresh and config.half:  # the masters were made from the rounded weights
+        if config.half:  # the masters were made from the rounded weights
             self.import_state(lambda name: {"weight": model.initial(name)}, optimizer_step=0, loss_scale=None)
 
     @property
@@ -97,18 +97,13 @@ class DeepSpeedEngine(Engine):
         mean = self._mean(sums)
         bad = ~(torch.isfinite(mean[0]) & (mean[0] <= skip_above))
         before = self.loss_scale
-        if before is not None and before[0] == LossScale.LEAST and mean[0].item() > skip_above:
-            # Were it to overflow, too, DeepSpeed would end the run, for which a spike is no reason.
-            adapter.drop_gradient(self._deepspeed)
-            return StepResult(mean[0].item(), math.nan, applied=False, log_z=math.sqrt(mean[1].item()))
         if self._config.zero_stage == 0:
             # DeepSpeed clips here, but does not say to what, and would step with a gradient that is not finite.
             norm = _norm(self._model, self._ranks)
             bad |= ~torch.isfinite(norm)
             adapter.step(self._deepspeed, bad)
         else:
-            with _scale_too_small():
-                adapter.step(self._deepspeed, bad)
+            adapter.step(self._deepspeed, bad)
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=self._device)
         # Read only now, when all of the step has been sent to the device.
         loss, log_z_squared, grad_norm, skipped = torch.stack([*mean, norm.double(), bad.double()]).tolist()
@@ -133,8 +128,7 @@ class DeepSpeedEngine(Engine):
             self._set_loss_scale(*before)
         elif not overflowed:
             self._set_loss_scale(*before)
-            with _scale_too_small():
-                adapter.lower_loss_scale(self._deepspeed)
+            adapter.lower_loss_scale(self._deepspeed)
 
     @property
     def loss_scale(self) -> tuple[float, int] | None:
@@ -184,17 +178,6 @@ class DeepSpeedEngine(Engine):
 
     def _set_loss_scale(self, value: float, since_overflow: int) -> None:
         adapter.set_loss_scale(self._deepspeed, value, since_overflow)
-
-
-@contextlib.contextmanager
-def _scale_too_small() -> Iterator[None]:
-    """Says in our words that fp16's loss scale cannot be lowered any more."""
-    try:
-        yield
-    except Exception as error:
-        if "loss scale already at minimum" not in str(error):
-            raise
-        raise too_small() from None
 
 
 def _norm(model: GPT, ranks: Ranks) -> Tensor:

@@ -21,9 +21,19 @@ from torch import Tensor
 
 from megacl.errors import ConfigError
 from megacl.kernels import c_attention, c_gelu, c_library, chunked, fused, lean, onednn, reference, varlen
-from megacl.kernels.reference import IGNORED
+from megacl.kernels.reference import IGNORED, repeats_keys
 
-__all__ = ["FORMS", "IGNORED", "LOSS_CHUNK", "REFERENCE", "Choice", "Kernels", "choices_of_kernels", "choose_kernels"]
+__all__ = [
+    "FORMS",
+    "IGNORED",
+    "LOSS_CHUNK",
+    "REFERENCE",
+    "Choice",
+    "Kernels",
+    "choices_of_kernels",
+    "choose_kernels",
+    "repeats_keys",
+]
 
 Op = Callable[..., Any]
 
@@ -215,7 +225,7 @@ def _fastest(op: str, *, device: str, half: bool, compiled: bool) -> tuple[str, 
             return "onednn" if onednn_runs else "chunked", "all logits never exist at once"
         case "linear_gelu" if not compiled and _missing("c", device=device, half=half) is None:
             return "c", "one pass behind the product, and one back"
-        case "linear" | "linear_gelu" if onednn_runs and not compiled:
+        case "linear" | "linear_gelu" if onednn_runs:
             return "onednn", "its products in fp32 are the faster ones"
         case "linear":
             return "reference", "PyTorch's product"

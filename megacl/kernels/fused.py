@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from megacl.kernels.reference import for_each_query
+
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`Kernels.rms_norm`."""
@@ -20,5 +22,5 @@ def layer_norm(
 
 def attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float) -> Tensor:
     """`Kernels.attention`."""
-    grouped = k_BKTE.shape[1] != q_BHTE.shape[1]
+    k_BKTE, v_BKTE, grouped = for_each_query(q_BHTE, k_BKTE, v_BKTE)
     return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, scale=scale, enable_gqa=grouped)

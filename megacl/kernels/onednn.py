@@ -38,11 +38,26 @@ def _vendor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
+# An operator of ours around PyTorch's, which does not say what shape it gives, so that no graph can hold it.
+torch.library.define("megacl::onednn_product", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl("megacl::onednn_product", "CPU")
+def _product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_FD, bias_F, "none", [], "")
+    return y
+
+
+@torch.library.register_fake("megacl::onednn_product")  # type: ignore[untyped-decorator]
+def _product_shape(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight_FD.shape[0])
+
+
 def product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """x weight^T + bias, without a gradient; x [..., D]. In another dtype than fp32 it is PyTorch's own."""
     if x.dtype != torch.float32 or x.numel() == 0:
         return F.linear(x, weight_FD, bias_F)
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_FD, bias_F, "none", [], "")
+    y: Tensor = torch.ops.megacl.onednn_product(x, weight_FD, bias_F)
     return y
 
 

@@ -100,8 +100,25 @@ def rotary_attention(
 
 
 def _attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Tensor, scale: float) -> Tensor:
-    grouped = k_BKTE.shape[1] != q_BHTE.shape[1]
+    k_BKTE, v_BKTE, grouped = for_each_query(q_BHTE, k_BKTE, v_BKTE)
     return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def for_each_query(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Keys and values as PyTorch's attention is to have them, and whether it still has to share them among queries.
+
+    On a GPU only flash attention shares them, which is for 16 bits; else PyTorch would compute by all scores at once,
+    whose memory grows with the square of the length. There each query head has its own copies.
+    """
+    group = q_BHTE.shape[1] // k_BKTE.shape[1]
+    if group > 1 and repeats_keys(q_BHTE.device.type, q_BHTE.itemsize):
+        return k_BKTE.repeat_interleave(group, 1), v_BKTE.repeat_interleave(group, 1), False
+    return k_BKTE, v_BKTE, group > 1
+
+
+def repeats_keys(device: str, itemsize: int) -> bool:
+    """Whether values of so many bytes make `for_each_query` repeat keys and values that heads share."""
+    return device == "cuda" and itemsize > 2
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int, z_loss: float) -> Tensor:

@@ -24,6 +24,7 @@ _DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi), of the normal dis
 _SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CUBIC = tl.constexpr(0.044715)
 _FAR = tl.constexpr(12.0)  # from where on, by tanh, the sigmoid is 0 or 1 in fp32, and u^3 not yet infinite
+_NAN = tl.constexpr(tl.PropagateNan.ALL)  # left to itself a GPU makes a number of it, which the interpreter does not
 
 
 @triton.jit
@@ -34,8 +35,8 @@ def _forward(x, bias, y, rows, width, TANH: tl.constexpr, ROWS: tl.constexpr, CO
     u = tl.load(x + row * width + column, inside, 0.0).to(tl.float32)
     u += tl.load(bias + column, column < width, 0.0).to(tl.float32)
     if TANH:
-        near = tl.minimum(tl.maximum(u, -_FAR), _FAR)
-        gelu = tl.maximum(u, -_FAR) * tl.sigmoid(near * _SLOPE * (1.0 + near * near * _CUBIC))
+        near = tl.minimum(tl.maximum(u, -_FAR, _NAN), _FAR, _NAN)
+        gelu = tl.maximum(u, -_FAR, _NAN) * tl.sigmoid(near * _SLOPE * (1.0 + near * near * _CUBIC))
     else:
         gelu = 0.5 * u * (1.0 + tl.erf(u * _SQRT_HALF))
     tl.store(y + row * width + column, gelu.to(y.dtype.element_ty), inside)
@@ -55,7 +56,7 @@ def _backward(
         place = row * width + column[None, :]
         u = tl.load(x + place, inside, 0.0).to(tl.float32) + biases
         if TANH:
-            near = tl.minimum(tl.maximum(u, -_FAR), _FAR)
+            near = tl.minimum(tl.maximum(u, -_FAR, _NAN), _FAR, _NAN)
             part_of_u = tl.sigmoid(near * _SLOPE * (1.0 + near * near * _CUBIC))
             rises = part_of_u * (1.0 - part_of_u) * _SLOPE * (1.0 + near * near * 3.0 * _CUBIC)
             slope = part_of_u + near * rises

@@ -33,7 +33,7 @@ KEPT = frozenset(
     {
         "aten::mm",
         "aten::addmm",
-        "mkldnn::_linear_pointwise",
+        "megacl::onednn_product",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_efficient_attention",

@@ -177,7 +177,7 @@ def _no_initial_weight(name: str) -> Tensor:
     raise AssertionError(f"{name}: only build_model gives a model its initial weights")
 
 
-def build_model(config: ModelConfig, *, seed: int, device: str = "cpu") -> GPT:
+def build_model(config: ModelConfig, *, seed: int | None, device: str = "cpu") -> GPT:
     """The model with its initial weights in fp32 on `device`; on "meta" it has only shapes, and knows its weights.
 
     The weights are a function of (config, seed) alone: each parameter has a generator of its own, seeded by its name.
@@ -185,6 +185,9 @@ def build_model(config: ModelConfig, *, seed: int, device: str = "cpu") -> GPT:
     (Nguyen & Salazar 2019, arXiv 1910.05895), output matrices of attention and MLP with
     2 / (num_layers sqrt(hidden_size)) (Wang & Komatsuzaki 2021, GPT-J), as in GPT-NeoX and Pythia. Biases are 0, norms
     are 1. Under muP (`MupConfig`) embedding and head have the standard deviation of the base width.
+
+    seed None: all weights are NaN, for a model that is to be given others at once, as a checkpoint's: billions of normal
+    values take minutes to draw.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -195,8 +198,10 @@ def build_model(config: ModelConfig, *, seed: int, device: str = "cpu") -> GPT:
     return model
 
 
-def _initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> Tensor:
+def _initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int | None) -> Tensor:
     """The whole of a parameter, fp32 on the CPU: a GPU's generator gives other numbers."""
+    if seed is None:
+        return torch.full(shape, torch.nan)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacl import kernels
+from megacl.kernels import reference
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -46,7 +47,7 @@ def run(form: str, inputs: Inputs) -> tuple[torch.Tensor, ...]:
 
 
 def gradients(mixed: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    weights = torch.linspace(-1, 2, mixed.numel(), dtype=mixed.dtype).view_as(mixed)
+    weights = torch.linspace(-1, 2, mixed.numel(), dtype=mixed.dtype, device=mixed.device).view_as(mixed)
     return torch.autograd.grad((mixed * weights).sum(), inputs[:3])
 
 
@@ -115,6 +116,27 @@ def test_flash_attention_has_the_signature_and_shapes_that_it_is_called_with():
         assert mixed.shape == q.shape
         dq, dk = torch.autograd.grad(mixed.sum(), [q, k])
         assert (dq.shape, dk.shape) == (q.shape, k.shape)
+
+
+@pytest.mark.parametrize("form", ["sdpa", "reference"])
+@pytest.mark.parametrize(("op", "bounds"), [("attention", ()), ("document_attention", (torch.tensor([0, 9, 17]).int(),))])
+def test_heads_that_share_keys_are_given_copies_where_pytorch_would_compute_all_scores_at_once(
+    op, bounds, form, monkeypatch
+):
+    """On a GPU in fp32; that it is one is pretended."""
+    if form not in kernels.FORMS[op]:
+        pytest.skip(f"{op} has no such form")
+    q, k, v, _ = draw(1, 17, (4, 2), 8, 0.0, seed=1)
+    expected = kernels.FORMS[op][form](q, k, v, *bounds, 0.3)
+    shared = []
+    compute = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention",
+        lambda *heads, **options: shared.append(options["enable_gqa"]) or compute(*heads, **options),
+    )
+    monkeypatch.setattr(reference, "repeats_keys", lambda device, itemsize: True)
+    torch.testing.assert_close(kernels.FORMS[op][form](q, k, v, *bounds, 0.3), expected)
+    assert shared == [False]
 
 
 @pytest.mark.parametrize(("capability", "half"), [((8, 0), "flash"), ((7, 5), "reference")])

@@ -12,14 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
-from twins import assert_matches_twin, drawn
+from twins import OF_A_CPU, assert_matches_twin, drawn
 
 from megacl import kernels
 from megacl.kernels import c_attention, c_library
 from megacl.model.config import ModelConfig
 from megacl.model.gpt import build_model
 
-pytestmark = pytest.mark.skipif(c_library.unavailable() is not None, reason=f"no library: {c_library.unavailable()}")
+pytestmark = [
+    OF_A_CPU,
+    pytest.mark.skipif(c_library.unavailable() is not None, reason=f"no library: {c_library.unavailable()}"),
+]
 
 ATTENTION = kernels.FORMS["rotary_attention"]
 

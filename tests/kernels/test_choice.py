@@ -66,8 +66,9 @@ def test_on_a_cpu_products_are_mkls_on_its_makers_cores_and_else_onednns(vendor,
     monkeypatch.setattr(kernels.onednn, "available", lambda: True)
     monkeypatch.setattr(kernels.c_library, "unavailable", lambda: "no C compiler")
     monkeypatch.setattr(torch._C, "has_mkl", mkl)
-    found = chosen(device="cpu", half=False)
-    assert (found["linear"], found["linear_gelu"], found["linear_cross_entropy"]) == (linear, linear, loss)
+    for compiled in (False, True):
+        found = chosen(device="cpu", half=False, compiled=compiled)
+        assert (found["linear"], found["linear_gelu"], found["linear_cross_entropy"]) == (linear, linear, loss)
     assert chosen(device="cpu", half=False, linear="onednn")["linear"] == "onednn"
 
 

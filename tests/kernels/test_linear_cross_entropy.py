@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
-from twins import DEVICE, DTYPES, TRITON
+from twins import DEVICE, DTYPES, param
 
 from megacl import kernels
 
 IMPLEMENTATIONS = kernels.FORMS["linear_cross_entropy"]
-FORMS = pytest.mark.parametrize("form", ["chunked", "onednn", pytest.param("triton", marks=TRITON)])
+FORMS = pytest.mark.parametrize("form", [param(form=form) for form in ("chunked", "onednn", "triton")])
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -198,7 +198,7 @@ def test_only_a_chunk_of_logits_exists_at_one_time(form):
     assert max(rows for rows, columns in shapes if columns == 6) == 10
 
 
-@pytest.mark.parametrize("form", [pytest.param("triton", marks=TRITON)])
+@pytest.mark.parametrize("form", [param(form="triton")])
 def test_triton_refuses_values_of_64_bits(form):
     with pytest.raises(ValueError, match="fp64"):
         IMPLEMENTATIONS[form](*draw(3, 4, 6, seed=5), chunk=10, z_loss=0.0)

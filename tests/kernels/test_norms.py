@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from twins import DTYPES, TRITON, assert_matches_twin, drawn, on_grid
+from twins import DTYPES, TRITON, assert_matches_twin, drawn, on_grid, param
 
 from megacl import kernels
 
@@ -10,7 +10,7 @@ EPS = 1e-5
 NORMS = pytest.mark.parametrize(
     ("name", "form"),
     [
-        pytest.param(name, form, marks=TRITON if form == "triton" else ())
+        param(name, form=form)
         for name in ("rms_norm", "layer_norm")
         for form in kernels.FORMS[name]
     ],

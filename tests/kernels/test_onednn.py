@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from twins import assert_matches_twin, drawn
+from twins import OF_A_CPU, assert_matches_twin, drawn
 
 from megacl.kernels import FORMS, REFERENCE, onednn
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not onednn.available(), reason="needs a CPU's PyTorch with oneDNN"
-)
+pytestmark = [OF_A_CPU, pytest.mark.skipif(not onednn.available(), reason="needs a PyTorch with oneDNN")]
 
 
 @pytest.mark.parametrize("shape", [(5, 7, 3), (1, 1, 1), (33, 64, 130), (0, 7, 3)])
@@ -42,3 +40,13 @@ def test_only_the_gradients_that_are_wanted_are_computed():
     FORMS["linear"]["onednn"](x, weight).sum().backward()
     assert x.grad is None
     assert weight.grad is not None
+
+
+def test_a_whole_graph_with_it_goes_through_torch_compile():
+    x, weight, bias = drawn(2, 5, 7), drawn(12, 7, seed=1), drawn(12, seed=2)
+    torch._dynamo.reset()
+    compiled = torch.compile(FORMS["linear_gelu"]["onednn"], fullgraph=True, backend="aot_eager")
+    results = [op(x, weight, bias) for op in (compiled, FORMS["linear_gelu"]["onednn"])]
+    gradients = [torch.autograd.grad(y.sin().sum(), [x, weight, bias]) for y in results]
+    assert torch.equal(*results)
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from twins import DTYPES, TRITON, assert_matches_twin, drawn
+from twins import DTYPES, TRITON, assert_matches_twin, drawn, param
 
 from megacl import kernels
 
 IMPLEMENTATIONS = kernels.FORMS["rotary"]
-FORMS = pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=TRITON if form == "triton" else ()) for form in IMPLEMENTATIONS]
-)
+FORMS = pytest.mark.parametrize("form", [param(form=form) for form in IMPLEMENTATIONS])
 
 
 def check(form: str, inputs: list[torch.Tensor], coming: list[torch.Tensor] | None = None) -> None:

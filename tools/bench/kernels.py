@@ -7,7 +7,8 @@ Implementations take turns, and each line has the least time of all turns; with 
 that is the process's own time, which other processes lengthen less. An op that only moves memory has the bytes
 that it must move, read and written once each, a second, and their share of the machine's copy bandwidth; one that
 multiplies has its products' floating-point operations a second and their share of the machine's rate for a product.
-`kept` is what stays in memory for backward, parameters aside. --compiled adds torch.compile of the reference; on a GPU
+`kept` is what stays in memory for backward, parameters aside. The last lines are a step's update: the gradient's norm,
+clipping, AdamW. --compiled adds torch.compile of the reference; on a GPU
 liger-kernel's ops stand beside ours where it is installed. A CPU computes in fp32, a GPU in bf16.
 """
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megacl import kernels
+from megacl.engine.heap import keep_freed_blocks
 
 EPS = 1e-5
 
@@ -101,7 +103,7 @@ def cases(tokens: int, hidden: int, vocab: int, *, device: str, dtype: torch.dty
         Case(
             "linear_cross_entropy",
             (x, head, targets),
-            {"chunk": min(tokens, 4096 if device == "cuda" else 1024), "z_loss": 0.0},
+            {"chunk": min(tokens, kernels.LOSS_CHUNK[device]), "z_loss": 0.0},
             flops=3 * 2 * tokens * hidden * vocab,
         ),
     ]
@@ -114,6 +116,8 @@ def implementations(case: Case, *, device: str, compiled: bool) -> dict[str, Cal
     }
     if device == "cpu":
         found.pop("triton", None)  # it would be interpreted
+    if device != "cpu" or not kernels.onednn.available():
+        found.pop("onednn", None)
     if device != "cpu" or kernels.c_library.unavailable():
         found.pop("c", None)
     if case.op == "rotary_attention":
@@ -238,17 +242,23 @@ def least(runs: dict[Any, Callable[[], Any]], repeats: int, device: str) -> dict
 
 
 def measure_limits(tokens: int, hidden: int, *, device: str, dtype: torch.dtype, repeats: int) -> Limits:
-    """By a copy of as many values as the MLP has, and a product as large as the MLP's."""
+    """By a copy of as many values as the MLP has, and a product as large as the MLP's, of the library that is faster."""
     x, w = (torch.randn(n, m, device=device, dtype=dtype) for n, m in ((tokens, hidden), (hidden, 4 * hidden)))
     source = torch.empty(
         max(tokens * 4 * hidden, (1 << 28 if device == "cuda" else 1 << 24)), device=device, dtype=dtype
     )
     target = torch.empty_like(source)
     product = torch.empty(tokens, 4 * hidden, device=device, dtype=dtype)
-    times = least(
-        {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(x, w, out=product)}, repeats, device
-    )
-    return Limits(2 * source.nbytes / times["copy"], 2 * tokens * hidden * 4 * hidden / times["product"])
+    calls: dict[str, Callable[[], Any]] = {
+        "copy": lambda: target.copy_(source),
+        "product": lambda: torch.mm(x, w, out=product),
+    }
+    if device == "cpu" and kernels.onednn.available():
+        weight_FD = w.t().contiguous()
+        calls["onednn"] = lambda: kernels.onednn.linear(x, weight_FD)
+    times = least(calls, repeats, device)
+    product_seconds = min(seconds for name, seconds in times.items() if name != "copy")
+    return Limits(2 * source.nbytes / times["copy"], 2 * tokens * hidden * 4 * hidden / product_seconds)
 
 
 def measure(case: Case, limits: Limits, *, device: str, compiled: bool, repeats: int) -> list[Row]:
@@ -265,6 +275,48 @@ def measure(case: Case, limits: Limits, *, device: str, compiled: bool, repeats:
     return sorted(rows, key=lambda row: row.both_ms)
 
 
+def measure_update(hidden: int, vocab: int, limits: Limits, *, device: str, repeats: int) -> list[Row]:
+    """The norm of the gradient, clipping to it and AdamW over fp32 weights: those of four layers, embedding and head."""
+    shapes = [(vocab, hidden)] * 2 + [(3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden,)] * 4
+    parameters = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+    gradients = [torch.randn_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    ours, fused, foreach = (
+        torch.optim.AdamW(parameters, lr=1e-4, **how) for how in ({"fused": True}, {"fused": True}, {"foreach": True})
+    )
+
+    def in_one_pass() -> None:  # as the native engine
+        norm = torch.nn.utils.get_total_norm(gradients)
+        ours.grad_scale, ours.found_inf = norm.clamp(min=1.0), (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        ours.step()
+
+    def clip_then(optimizer: torch.optim.AdamW) -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    ways: dict[str, Callable[[], Any]] = {
+        "megacl": in_one_pass,
+        "clip, fused": functools.partial(clip_then, fused),
+        "clip, foreach": functools.partial(clip_then, foreach),
+    }
+    times = least(ways, repeats, device)
+    # The norm reads the gradient; the update reads weight, gradient and moments, and writes all but the gradient.
+    work = 8 * 4 * sum(parameter.numel() for parameter in parameters)
+    rows = [
+        Row("clip and adamw", name, 1e3 * took, 1e3 * took, 0.0, work / took, work / took / limits.bandwidth)
+        for name, took in times.items()
+    ]
+    return sorted(rows, key=lambda row: row.both_ms)
+
+
+def line_of(row: Row, label: str, unit: str) -> str:
+    return (
+        f"{label:22}{row.implementation:16}{row.forward_ms:7.2f} ms{row.both_ms:7.2f} ms"
+        f"{row.kept_mib:6.1f} MiB{row.rate / 1e9:10.1f} {unit:7}{row.share:7.2f}"
+    )
+
+
 def main() -> None:
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
@@ -275,6 +327,8 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="torch.compile of the references as well")
     parser.add_argument("--repeats", type=int, default=20 if gpu else 10, help="turns")
     chosen = parser.parse_args()
+    if not gpu:
+        keep_freed_blocks()  # as the engine does
     limits = measure_limits(chosen.tokens, chosen.hidden, device=device, dtype=dtype, repeats=chosen.repeats)
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{name}, {dtype}, {chosen.tokens} tokens, hidden {chosen.hidden}, vocabulary {chosen.vocab}")
@@ -288,11 +342,9 @@ def main() -> None:
             part = f" {case.inputs[0].shape[1]}"  # tokens of a sequence
         unit = "GB/s" if case.bytes_moved else "GFLOP/s"
         for row in measure(case, limits, device=device, compiled=chosen.compiled, repeats=chosen.repeats):
-            print(
-                f"{row.op + part:22}{row.implementation:16}{row.forward_ms:7.2f} ms{row.both_ms:7.2f} ms"
-                f"{row.kept_mib:6.1f} MiB{row.rate / 1e9:10.1f} {unit:7}{row.share:7.2f}",
-                flush=True,
-            )
+            print(line_of(row, row.op + part, unit), flush=True)
+    for row in measure_update(chosen.hidden, chosen.vocab, limits, device=device, repeats=chosen.repeats):
+        print(line_of(row, row.op, "GB/s"), flush=True)
 
 
 if __name__ == "__main__":
