@@ -102,7 +102,9 @@ def test_on_a_gpu_in_32_bits_heads_that_share_keys_are_counted_with_copies_of_th
     saves = {}
     for device in ("cpu", "cuda"):
         kernels = {"rotary_attention": "apart"}
-        kept = [estimate_memory(each, EngineConfig(kernels=kernels), device=device, **size).kept for each in (shared, own)]
+        kept = [
+            estimate_memory(each, EngineConfig(kernels=kernels), device=device, **size).kept for each in (shared, own)
+        ]
         saves[device] = kept[1] - kept[0]
     queries = 4 * shared.num_layers * ROWS * LENGTH * shared.hidden_size
     # Of keys and values as qkv gave them, and of the keys that are turned, there are half as many.

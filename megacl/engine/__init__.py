@@ -40,8 +40,8 @@ def build_engine(model: GPT, *, engine: EngineConfig, optimizer: OptimizerConfig
 
     A model on "meta" is given its memory and initial weights here, no more than this rank's part. Raises LaunchError
     where the engine cannot run so: native on several ranks, DeepSpeed of another version; ConfigError where
-    engine.kernels names what there is not; ValueError where `ranks` are not arranged as the engine has it, or a model that
-    DeepSpeed is to train in 16 bits is not on "meta".
+    engine.kernels names what there is not; ValueError where `ranks` are not arranged as the engine has it, or a model
+    that DeepSpeed is to train in 16 bits is not on "meta".
     """
     if (ranks.tp_size, ranks.sp_size) != (engine.tensor_parallel, engine.sequence_parallel):
         raise ValueError(

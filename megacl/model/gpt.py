@@ -186,8 +186,8 @@ def build_model(config: ModelConfig, *, seed: int | None, device: str = "cpu") -
     2 / (num_layers sqrt(hidden_size)) (Wang & Komatsuzaki 2021, GPT-J), as in GPT-NeoX and Pythia. Biases are 0, norms
     are 1. Under muP (`MupConfig`) embedding and head have the standard deviation of the base width.
 
-    seed None: all weights are NaN, for a model that is to be given others at once, as a checkpoint's: billions of normal
-    values take minutes to draw.
+    seed None: all weights are NaN, for a model that is to be given others at once, as a checkpoint's: billions of
+    normal values take minutes to draw.
     """
     with torch.device("meta"):
         model = GPT(config)

@@ -119,7 +119,9 @@ def test_flash_attention_has_the_signature_and_shapes_that_it_is_called_with():
 
 
 @pytest.mark.parametrize("form", ["sdpa", "reference"])
-@pytest.mark.parametrize(("op", "bounds"), [("attention", ()), ("document_attention", (torch.tensor([0, 9, 17]).int(),))])
+@pytest.mark.parametrize(
+    ("op", "bounds"), [("attention", ()), ("document_attention", (torch.tensor([0, 9, 17]).int(),))]
+)
 def test_heads_that_share_keys_are_given_copies_where_pytorch_would_compute_all_scores_at_once(
     op, bounds, form, monkeypatch
 ):

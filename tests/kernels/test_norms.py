@@ -9,11 +9,7 @@ from megacl import kernels
 EPS = 1e-5
 NORMS = pytest.mark.parametrize(
     ("name", "form"),
-    [
-        param(name, form=form)
-        for name in ("rms_norm", "layer_norm")
-        for form in kernels.FORMS[name]
-    ],
+    [param(name, form=form) for name in ("rms_norm", "layer_norm") for form in kernels.FORMS[name]],
 )
 
 

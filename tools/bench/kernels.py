@@ -242,7 +242,7 @@ def least(runs: dict[Any, Callable[[], Any]], repeats: int, device: str) -> dict
 
 
 def measure_limits(tokens: int, hidden: int, *, device: str, dtype: torch.dtype, repeats: int) -> Limits:
-    """By a copy of as many values as the MLP has, and a product as large as the MLP's, of the library that is faster."""
+    """By a copy of as many values as the MLP has, and a product as large as the MLP's, of the faster library."""
     x, w = (torch.randn(n, m, device=device, dtype=dtype) for n, m in ((tokens, hidden), (hidden, 4 * hidden)))
     source = torch.empty(
         max(tokens * 4 * hidden, (1 << 28 if device == "cuda" else 1 << 24)), device=device, dtype=dtype
@@ -276,7 +276,7 @@ def measure(case: Case, limits: Limits, *, device: str, compiled: bool, repeats:
 
 
 def measure_update(hidden: int, vocab: int, limits: Limits, *, device: str, repeats: int) -> list[Row]:
-    """The norm of the gradient, clipping to it and AdamW over fp32 weights: those of four layers, embedding and head."""
+    """The norm of the gradient, clipping and AdamW over fp32 weights: those of four layers, embedding and head."""
     shapes = [(vocab, hidden)] * 2 + [(3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden,)] * 4
     parameters = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
     gradients = [torch.randn_like(parameter) for parameter in parameters]

@@ -31,7 +31,7 @@ from megacl.model.gpt import build_model, flops_per_token
 from megacl.parallel.ranks import Ranks
 
 WARM = 2
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "megacl::onednn_product")
 ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "megacl::c_attention")
 
 
