@@ -113,6 +113,7 @@ def layer_ops(
             whole=whole,
             rotates=not (whole or copies),
             repeats=repeats and s.keys < s.queries,
+            normed=model.qk_norm != "none",
             waiting=waiting,
         ),
         _linear(s, "out", s.queries, s.hidden, bias=out, waiting=2 * waiting if parallel else waiting),
@@ -183,18 +184,20 @@ def _vectors(kind: str) -> int:
     return 2 if kind == "layer_norm" else 1
 
 
-def _attention(s: Sizes, *, whole: bool, rotates: bool, repeats: bool, waiting: int) -> Op:
+def _attention(s: Sizes, *, whole: bool, rotates: bool, repeats: bool, normed: bool, waiting: int) -> Op:
     """Rotary position and attention: queries, keys and values, what comes out, log Z of each query.
 
     whole: whether it is one op, which keeps what qkv gave, and what comes out, which the next layer keeps. rotates:
     whether rotated queries and keys are kept beside all that qkv gave, of which the values are a view; else copies are.
-    repeats: whether each query head has keys and values of its own.
+    repeats: whether each query head is given copies of keys and values. Of the turned keys and of what qkv gave there
+    is then kept what is in one tensor with the queries, and, if normed, what the norms before it have kept.
     """
     qkv, mixed = s.values(s.queries + 2 * s.keys), s.values(s.queries)
-    rotated = s.values(s.queries + s.keys) if rotates else 0
+    rotated = s.values(s.queries + (0 if repeats and normed else s.keys)) if rotates else 0
     log_z = s.tokens * s.heads * WIDE
     repeated = 2 * mixed if repeats else 0
-    kept = rotated + qkv + log_z + repeated + (0 if whole else mixed)
+    came = 0 if repeats and rotates and not normed else qkv
+    kept = rotated + came + log_z + repeated + (0 if whole else mixed)
     return Op("attention", keeps=kept, backward=waiting + mixed + qkv + repeated, result=mixed + log_z)
 
 

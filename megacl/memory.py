@@ -155,7 +155,10 @@ def _sizes(model: ModelConfig, engine: EngineConfig, *, seq_length: int, micro_b
 def _implementations(engine: EngineConfig, *, device: str) -> Mapping[str, str]:
     """The implementation of each op, by name."""
     choices = choices_of_kernels(device=device, half=engine.half, compiled=engine.compile, overrides=engine.kernels)
-    return {choice.op: choice.implementation for choice in choices}
+    chosen = {choice.op: choice.implementation for choice in choices}
+    if engine.tensor_parallel > 1:  # parallel/vocabulary.py's, by PyTorch's own products
+        chosen["linear_cross_entropy"] = "chunked"
+    return chosen
 
 
 @dataclass(frozen=True)

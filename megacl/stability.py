@@ -24,7 +24,7 @@ from megacl.config import StabilityConfig
 _FLOOR = 0.01
 """The least standard deviation, as a part of the mean."""
 _MAX_OVERFLOWS = 20
-"""Updates in a row that fp16 may skip: by then its loss scale is a millionth of what it was."""
+"""Updates in a row that fp16 may skip: by then its loss scale is a millionth of what it was, or 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def after_step(
         return replace(watch, overflows=watch.overflows + 1), ""
     else:
         trouble = "the gradient is not finite"
-        trouble += " in fp16, whatever the loss scale (bf16 has a wider range)" if fp16 else ""
+        trouble += " in fp16, even at lower loss scales (bf16 has a wider range)" if fp16 else ""
     return replace(watch, skipped=watch.skipped + 1), trouble
 
 

@@ -26,6 +26,7 @@ class StopSignal:
         self.received = False
         self._at_once = False
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
+        self._mask: set[int] = set()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
@@ -48,9 +49,11 @@ class StopSignal:
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # __main__ held it back until here
+        # __main__ held it back until here, and does again from the end on: a script says it more than once.
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         return self
 
     def __exit__(self, *error: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, before in self._before.items():
             signal.signal(number, before)

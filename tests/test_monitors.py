@@ -43,7 +43,7 @@ def batch(step: int) -> np.ndarray:
 
 
 def make_engine(ranks: Ranks, config: ModelConfig, document_end: int | None = None, **settings: Any) -> Engine:
-    model = build_model(config, seed=1)
+    model = build_model(config, seed=1, device="meta")
     model.document_end = document_end
     return build_engine(model, engine=EngineConfig(**settings), optimizer=OPTIMIZER, ranks=ranks)
 

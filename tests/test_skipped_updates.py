@@ -59,7 +59,7 @@ def train(
         offload_optimizer=offload_optimizer,
         micro_batch_size=2,
     )
-    model = build_model(MODEL, seed=1)
+    model = build_model(MODEL, seed=1, device="meta")
     engine = build_engine(model, engine=config, optimizer=OptimizerConfig(eps=1e-6), ranks=ranks)
     lost = False
     model.register_forward_hook(

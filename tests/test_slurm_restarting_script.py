@@ -181,13 +181,16 @@ def test_a_studys_run_that_was_stopped_is_requeued_alone(tmp_path: Path, status:
 
 def test_a_studys_run_that_saves_nothing_new_in_three_stretches_is_not_requeued_again(tmp_path: Path) -> None:
     saves = "mkdir -p 'runs/the second/checkpoints/step-1' && touch 'runs/the second/checkpoints/step-1/manifest.json'"
-    stretches = ["exit 75", "exit 75", f"/bin/sleep 0.1; {saves}; exit 75", "exit 75", "exit 138", "exit 75"]
+    saving = f"/bin/sleep 0.1; {saves}"
+    killed = f"{saving}; kill -KILL $PPID"  # as where the node dies
+    stretches = [*["exit 75"] * 2, f"{saving}; exit 75", *["exit 75"] * 2, killed, "exit 75", "exit 138", "exit 75"]
     ran = [run_study_task(tmp_path, does=does, restart=number) for number, does in enumerate(stretches)]
-    assert [each.notes for each in ran] == [["requeue 7_2"]] * 5 + [[]]
-    assert all(each.status == 75 for each in ran)
+    assert [each.status for each in ran] == [75] * 5 + [-9] + [75] * 3
+    assert [bool(each.notes) for each in ran] == [True] * 5 + [False] + [True] * 2 + [False]
     assert "stopped 3 times without a new step saved" in ran[-1].log
-    # Submitted again, it has another three.
-    assert run_study_task(tmp_path, does="exit 75").notes == ["requeue 7_2"]
+    # Submitted again, or requeued from outside, it has another three.
+    for restart in (0, 9):
+        assert run_study_task(tmp_path, does="exit 75", restart=restart).notes == ["requeue 7_2"]
 
 
 def test_a_studys_run_is_told_again_where_its_container_has_lost_the_signal(tmp_path: Path) -> None:
