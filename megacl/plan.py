@@ -315,7 +315,7 @@ def plan_text(
     yield from (f"warning: {line}" for line in warnings)
     begin, last_lr = origin.phase, 0.0
     records: dict[int, PhaseRecord] = {}
-    if (checkpoint := origin.checkpoint or origin.parent) is not None:
+    if (checkpoint := origin.loaded) is not None:
         seen = origin.lineage.phases
         records = dict(enumerate(seen[len(seen) - begin - bool(origin.samples) :]))
         if seen:

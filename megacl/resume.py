@@ -60,6 +60,11 @@ class Origin:
     """What the model has seen so far; with the branch, where the run is still at its beginning."""
 
     @property
+    def loaded(self) -> Checkpoint | None:
+        """The checkpoint that the run loads before all else; None where it begins with weights of its own."""
+        return self.checkpoint or self.parent
+
+    @property
     def phase(self) -> int:
         """Index of the phase to go on with; the number of phases where none is left."""
         if self.checkpoint is None:

@@ -113,8 +113,8 @@ def train(config: RunConfig, *, resume: bool = True, until_phase: str | None = N
                 until_the_end.enter_context(ending.attempt(ranks, step=step))
             if ranks.world_size > 1 or "SLURM_JOB_ID" in os.environ:
                 log.say(_check_health(found, ranks, run_dir))
-            given = found.origin.checkpoint or found.origin.parent  # a checkpoint that the run loads before all else
-            model = build_model(found.config.model, seed=None if given else config.seed, device="meta")
+            seed = None if found.origin.loaded else config.seed
+            model = build_model(found.config.model, seed=seed, device="meta")
             if config.boundaries == "attention":
                 model.document_end = found.inputs.tokenizer.eos_id
             engine = build_engine(model, engine=config.engine, optimizer=config.optimizer, ranks=ranks)
@@ -263,9 +263,8 @@ class _Run:
             self.log.say(f"  {line}")
         for notice in self.engine.notices:
             self.log.warn(notice)
-        loaded = origin.checkpoint or origin.parent
-        if loaded is not None:
-            loaded.load_into(self.engine)
+        if origin.loaded is not None:
+            origin.loaded.load_into(self.engine)
         with self.ranks.together():
             self.log.keep_until(self.step if origin.checkpoint else -1, self.fence.check)
             self._publish_lineage()

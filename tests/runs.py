@@ -47,6 +47,12 @@ def last_state(run_dir: Path) -> dict[str, Any]:
     return state(list_checkpoints(run_dir)[-1])
 
 
+def status_of(code: str) -> int:
+    """The exit status of a Python process of its own that runs `code`, and finds the modules that this one finds."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode
+
+
 def start(*arguments: str, launcher: Sequence[str] = ()) -> "subprocess.Popen[str]":
     """`megacl ARGUMENTS` as a process of its own; launcher: `python -m` words to put before it, torchrun's for one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,11 +1,9 @@
 """Signals that ask a run to stop: what is noted, and what is as it was behind it."""
 
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
+from runs import status_of
 
 from megacl.stopping import StopSignal, ToldToStop
 
@@ -40,5 +38,4 @@ def test_a_signal_that_is_repeated_does_not_end_a_command_that_is_about_to_end_b
         "signal.raise_signal(signal.SIGUSR1)\n"
         "raise SystemExit(75)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 75
+    assert status_of(code) == 75

@@ -56,7 +56,10 @@ def sums_and_gradients(
         dx_ND = torch.empty_like(x_ND, dtype=dtype_of_dx(x_ND)) if wants_x else None
         # oneDNN adds to nothing that was there before, and is twice as fast where what it makes has long rows.
         turned = product is onednn.product and dtype == torch.float32
-        dweight = weight.new_zeros(weight.shape[::-1] if turned else weight.shape, dtype=wide) if wants_weight else None
+        dweight_VD = None
+        if wants_weight:
+            shape_DV = weight.shape[::-1]
+            dweight_VD = weight.new_zeros(shape_DV).t() if turned else weight.new_zeros(weight.shape, dtype=wide)
         for start in range(0, x_ND.shape[0], chunk):
             rows = slice(start, start + chunk)
             x = x_ND[rows].to(dtype)
@@ -66,14 +69,14 @@ def sums_and_gradients(
                 continue
             if dx_ND is not None:
                 dx_ND[rows] = _product(gradient, weight, dx_ND.dtype, product)
-            if dweight is not None and turned:
-                dweight += product(x.t(), gradient.t())
-            elif dweight is not None:
-                _add_product(dweight, gradient.t(), x)
+            if dweight_VD is not None and turned:
+                dweight_VD += product(x.t(), gradient.t()).t()
+            elif dweight_VD is not None:
+                _add_product(dweight_VD, gradient.t(), x)
             del gradient  # before there are the next chunk's logits
     nats, squares = sums
     objective = nats + z_loss * squares if z_loss else nats  # squares that overflow are nobody's loss then
-    return torch.stack([objective, nats, squares]), dx_ND, dweight.t() if dweight is not None and turned else dweight
+    return torch.stack([objective, nats, squares]), dx_ND, dweight_VD
 
 
 def gradient_scale(dtype: torch.dtype) -> float:
