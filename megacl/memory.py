@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 
 from megacl.activations import WIDE, Op, Sizes, embedding, final_norm, layer_ops, loss, rotary_tables
 from megacl.config import EngineConfig
-from megacl.kernels import LOSS_CHUNK, choices_of_kernels, repeats_keys
+from megacl.kernels import LOSS_CHUNK, choices_of_kernels, onednn, repeats_keys
 from megacl.log import table_text
 from megacl.model.config import ModelConfig
 from megacl.zero_memory import Held, held_by
@@ -158,6 +158,8 @@ def _implementations(engine: EngineConfig, *, device: str) -> Mapping[str, str]:
     chosen = {choice.op: choice.implementation for choice in choices}
     if engine.tensor_parallel > 1:  # parallel/vocabulary.py's, by PyTorch's own products
         chosen["linear_cross_entropy"] = "chunked"
+    elif chosen["linear_cross_entropy"] == "c":  # whose products are the ones that count
+        chosen["linear_cross_entropy"] = "onednn" if onednn.is_faster() else "chunked"
     return chosen
 
 

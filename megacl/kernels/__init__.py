@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megacl.errors import ConfigError
-from megacl.kernels import c_attention, c_gelu, c_library, chunked, fused, lean, onednn, reference, varlen
+from megacl.kernels import c_attention, c_cross_entropy, c_gelu, c_library, chunked, fused, lean, onednn, reference, varlen
 from megacl.kernels.reference import IGNORED, repeats_keys
 
 __all__ = [
@@ -135,6 +135,7 @@ FORMS: dict[str, dict[str, Op | None]] = {
     },
     "rotary_attention": {"c": c_attention.rotary_attention, "apart": None, "reference": reference.rotary_attention},
     "linear_cross_entropy": {
+        "c": c_cross_entropy.linear_cross_entropy,
         "triton": _Triton("triton_cross_entropy", "linear_cross_entropy"),
         "onednn": chunked.linear_cross_entropy_by_onednn,
         "chunked": chunked.linear_cross_entropy,
@@ -221,6 +222,8 @@ def _fastest(op: str, *, device: str, half: bool, compiled: bool) -> tuple[str, 
     match op:
         case "linear_cross_entropy" if triton:
             return "triton", "all logits never exist at once, and one kernel does their softmax"
+        case "linear_cross_entropy" if _missing("c", device=device, half=half) is None:
+            return "c", "all logits never exist at once, and one pass does their softmax"
         case "linear_cross_entropy":
             return "onednn" if onednn_runs else "chunked", "all logits never exist at once"
         case "linear_gelu" if not compiled and _missing("c", device=device, half=half) is None:

@@ -106,7 +106,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _softmax(
+def softmax(
     logits: Tensor, targets: Tensor, z_loss: float, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`Softmax` in plain PyTorch."""
@@ -189,7 +189,7 @@ def linear_cross_entropy(
     *,
     chunk: int,
     z_loss: float,
-    softmax: Softmax = _softmax,
+    softmax: Softmax = softmax,
     product: Product = F.linear,
 ) -> Tensor:
     """`Kernels.linear_cross_entropy`, holding the logits of at most `chunk` tokens."""

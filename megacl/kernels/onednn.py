@@ -20,12 +20,12 @@ def available() -> bool:
 
 
 def is_faster() -> bool:
-    """Whether its products are faster than those PyTorch makes by itself: not where MKL runs on cores of its maker's.
+    """Whether it is there and faster than what PyTorch multiplies by itself: not where MKL runs on its maker's cores.
 
     It goes by the maker, not by a measurement: one that came out otherwise in a later process would have a run that
     goes on there add up in another order.
     """
-    return not (torch._C.has_mkl and _vendor() == "GenuineIntel")
+    return available() and not (torch._C.has_mkl and _vendor() == "GenuineIntel")
 
 
 @functools.cache

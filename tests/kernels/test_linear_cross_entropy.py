@@ -11,7 +11,7 @@ from twins import DEVICE, DTYPES, param
 from megacl import kernels
 
 IMPLEMENTATIONS = kernels.FORMS["linear_cross_entropy"]
-FORMS = pytest.mark.parametrize("form", [param(form=form) for form in ("chunked", "onednn", "triton")])
+FORMS = pytest.mark.parametrize("form", [param(form=form) for form in ("chunked", "c", "onednn", "triton")])
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -13,6 +13,10 @@
 #define NR (2 * LANES)
 #define BLOCK 64
 
+/* Rows of a head lie a token's width apart, which is nothing that a processor foresees: they are asked for so many rows
+ * before they are needed. */
+#define AHEAD 8
+
 typedef float four __attribute__((vector_size(16)));
 typedef int32_t four_places __attribute__((vector_size(16)));
 
@@ -37,6 +41,19 @@ static inline __attribute__((always_inline)) void tile(i64 depth, const float *a
             store(c + r * c_row + j * LANES, sum[r][j]);
 }
 
+/* A row of a head, to be read soon; one behind the last is asked for in vain. */
+static inline void fetch(const float *x, i64 width)
+{
+    for (i64 e = 0; e < width; e += 16)
+        __builtin_prefetch(x + e);
+}
+
+static inline void fetch_to_write(const float *x, i64 width)
+{
+    for (i64 e = 0; e < width; e += 16)
+        __builtin_prefetch(x + e, 1);
+}
+
 /* Rotary tables, [places][half]: cosine and sine of the angles by which a head's first 2 half elements are turned. */
 typedef struct {
     const float *cos, *sin;
@@ -49,6 +66,7 @@ static void gather(const float *restrict x, i64 stride, i64 rows, i64 padded_row
 {
     i64 half = turn ? turn->half : 0;
     for (i64 t = 0; t < rows; t++, x += stride, to += W) {
+        fetch(x + AHEAD * stride, width);
         for (i64 e = 2 * half; e < width; e++)
             to[e] = factor * x[e];
         for (i64 e = width; e < W; e++)
@@ -70,6 +88,7 @@ static void scatter(const float *restrict from, i64 rows, i64 width, i64 W, cons
 {
     i64 half = turn ? turn->half : 0;
     for (i64 t = 0; t < rows; t++, x += stride, from += W) {
+        fetch_to_write(x + AHEAD * stride, width);
         for (i64 e = 2 * half; e < width; e++)
             x[e] = factor * from[e];
         if (!half)
@@ -203,6 +222,7 @@ int attention_forward(const call *c, float *mixed, float *log_sum)
                     float sums[BLOCK];
                     for (i64 m = 0; m < count; m++) {
                         float top;
+                        fetch(qkv + (first + BLOCK + m) * token + h * width, width); /* the next block's */
                         sums[m] = exponentials(s + m * scores, first + m + 1, first + m / MR * MR + MR, &top);
                         log_sum[(begin + first + m) * c->heads + h] = top + log2f(sums[m]);
                     }
@@ -297,10 +317,13 @@ int attention_backward(const call *c, const float *mixed, const float *log_sum, 
                         }
                     for (i64 m = 0; m < tiled; m++) {
                         int real = m < count; /* a tile's other queries see nothing */
+                        fetch(q_here + (BLOCK + m) * token, width); /* the next block's */
+                        fetch(y_here + (BLOCK + m) * out, width);
+                        fetch(dy_here + (BLOCK + m) * out, width);
                         differentiate(s + m * scores, ds + m * scores, real ? first + m + 1 : 0,
                                       first + m / MR * MR + MR,
                                       real ? log_sum[(begin + first + m) * c->heads + h] : 0,
-                                      real ? dot(dy_here + m * out, y_here + m * out, width) : 0);
+                                      real ? dot(dy + m * W, y_here + m * out, width) : 0);
                     }
                     for (i64 n = 0; n < W; n += NR) {
                         for (i64 m = 0; m < count; m += MR)

@@ -9,9 +9,6 @@ typedef struct {
     vec value, slope;
 } point;
 
-/* exp2_of, and 0 below 2^-126, so that times a huge z it is nothing. */
-static inline vec vanishing_exp2_of(vec x) { return pick(x < -126.0f, (vec){0}, exp2_of(x)); }
-
 /* The distribution function of the normal distribution times z, and its derivative. */
 static inline point by_erf(vec z)
 {
@@ -39,19 +36,6 @@ static inline point by_tanh(vec z)
 }
 
 static inline __attribute__((always_inline)) point gelu(vec z, int tanh) { return tanh ? by_tanh(z) : by_erf(z); }
-
-/* As many of LANES values as there are, and zeros. */
-static inline vec load_some(const float *from, int64_t count)
-{
-    vec v = {0};
-    memcpy(&v, from, sizeof(float) * (count < LANES ? count : LANES));
-    return v;
-}
-
-static inline void store_some(float *to, vec v, int64_t count)
-{
-    memcpy(to, &v, sizeof(float) * (count < LANES ? count : LANES));
-}
 
 static inline __attribute__((always_inline)) void forward(int64_t width, const float *x, const float *bias, float *y,
                                                           int tanh)

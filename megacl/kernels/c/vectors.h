@@ -33,6 +33,19 @@ static inline vec load(const float *from)
 
 static inline void store(float *to, vec v) { memcpy(to, &v, sizeof v); }
 
+/* As many of LANES values as there are, and zeros. */
+static inline vec load_some(const float *from, i64 count)
+{
+    vec v = {0};
+    memcpy(&v, from, sizeof(float) * (count < LANES ? count : LANES));
+    return v;
+}
+
+static inline void store_some(float *to, vec v, i64 count)
+{
+    memcpy(to, &v, sizeof(float) * (count < LANES ? count : LANES));
+}
+
 static inline vec all(float x) { return x - (vec){0}; }
 
 static inline vec pick(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
@@ -78,3 +91,6 @@ static inline vec exp2_of(vec x)
     y = y * f + 1.0f;
     return (vec)((ivec)y + (n << 23));
 }
+
+/* exp2_of, and 0 below 2^-126, so that times a huge z it is nothing. */
+static inline vec vanishing_exp2_of(vec x) { return pick(x < -126.0f, (vec){0}, exp2_of(x)); }
