@@ -70,7 +70,7 @@ def sums_and_gradients(
             if dx_ND is not None:
                 dx_ND[rows] = _product(gradient, weight, dx_ND.dtype, product)
             if dweight_VD is not None and turned:
-                dweight_VD += product(x.t(), gradient.t()).t()
+                dweight_VD += product(onednn.turned(x), gradient.t()).t()
             elif dweight_VD is not None:
                 _add_product(dweight_VD, gradient.t(), x)
             del gradient  # before there are the next chunk's logits
@@ -165,15 +165,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scales: Tensor) -> tuple[Tensor | None, ...]:
         scale = scales[0] / ctx.scale
         gradients = (
-            None if gradient is None else torch.mul(gradient, scale, out=_contiguous_like(gradient)).to(dtype)
+            None if gradient is None else _scaled(gradient, scale).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *gradients, None, None, None, None, None, None
 
 
-def _contiguous_like(x: Tensor) -> Tensor:
-    """Memory for a tensor of this shape, row by row, as its parameter is."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """Row by row in memory, as its parameter is."""
+    return gradient * scale if gradient.is_contiguous() else onednn.turned(gradient.t(), scale.item())
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ PyTorch multiplies fp32 by MKL, which does not get all out of every maker's core
 op is the one that torch.compile puts into graphs for inference.
 """
 
+import ctypes
 import functools
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megacl.kernels import c_library
 
 
 def available() -> bool:
@@ -61,11 +64,40 @@ def product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tenso
     return y
 
 
+# What it makes transposed is turned back by turned.c where that can be had: PyTorch copies on one thread, or slowly.
+torch.library.define("megacl::turned", "(Tensor x, float factor) -> Tensor")
+
+
+@torch.library.impl("megacl::turned", "CPU")
+def _turned(x_AB: Tensor, factor: float) -> Tensor:
+    y_BA = x_AB.new_empty(x_AB.shape[::-1])
+    if x_AB.dtype != torch.float32 or not x_AB.is_contiguous() or c_library.unavailable():
+        return torch.mul(x_AB.t(), factor, out=y_BA)
+    rows, columns = (ctypes.c_int64(size) for size in x_AB.shape)
+    x, y = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_AB, y_BA))
+    c_library.load().turned(rows, columns, x, ctypes.c_float(factor), y, torch.get_num_threads())
+    return y_BA
+
+
+@torch.library.register_fake("megacl::turned")  # type: ignore[untyped-decorator]
+def _turned_shape(x_AB: Tensor, factor: float) -> Tensor:
+    return x_AB.new_empty(x_AB.shape[::-1])
+
+
+def turned(x_AB: Tensor, factor: float = 1.0) -> Tensor:
+    """factor times the transpose, row by row in memory, without a gradient."""
+    y_BA: Tensor = torch.ops.megacl.turned(x_AB, factor)
+    return y_BA
+
+
 def _transposed_product(a_NF: Tensor, b_ND: Tensor) -> Tensor:
-    """a^T b, or b^T a transposed where that has fewer rows: it is faster with the longer factor as the second one."""
+    """a^T b, or b^T a transposed where that has fewer rows.
+
+    oneDNN reads the second factor as it lies; the first, PyTorch would turn on one thread: the shorter one is turned.
+    """
     if a_NF.shape[1] <= b_ND.shape[1]:
-        return product(a_NF.t(), b_ND.t())
-    return product(b_ND.t(), a_NF.t()).t().contiguous()
+        return product(turned(a_NF), b_ND.t())
+    return turned(product(turned(b_ND), a_NF.t()))
 
 
 class _Linear(torch.autograd.Function):

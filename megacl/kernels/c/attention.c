@@ -17,9 +17,6 @@
  * before they are needed. */
 #define AHEAD 8
 
-typedef float four __attribute__((vector_size(16)));
-typedef int32_t four_places __attribute__((vector_size(16)));
-
 /* c[MR][NR] = or += the sum over k of a[r a_row + k a_k] b[k NR + column]. */
 static inline __attribute__((always_inline)) void tile(i64 depth, const float *a, i64 a_row, i64 a_k, const float *b,
                                                        float *c, i64 c_row, int add)
@@ -111,25 +108,12 @@ static void pack(const float *restrict from, i64 rows, i64 W, float *restrict to
         }
 }
 
-/* The same of the transposed matrix, to[rows / NR][W][NR], four by four. */
+/* The same of the transposed matrix, to[rows / NR][W][NR]. */
 static void pack_transposed(const float *restrict from, i64 rows, i64 W, float *restrict to)
 {
     for (i64 t = 0; t < rows; t += 4)
-        for (i64 e = 0; e < W; e += 4) {
-            four x[4];
-            for (int i = 0; i < 4; i++)
-                memcpy(x + i, from + (t + i) * W + e, sizeof x[i]);
-            four low01 = __builtin_shuffle(x[0], x[1], (four_places){0, 4, 1, 5});
-            four low23 = __builtin_shuffle(x[2], x[3], (four_places){0, 4, 1, 5});
-            four high01 = __builtin_shuffle(x[0], x[1], (four_places){2, 6, 3, 7});
-            four high23 = __builtin_shuffle(x[2], x[3], (four_places){2, 6, 3, 7});
-            x[0] = __builtin_shuffle(low01, low23, (four_places){0, 1, 4, 5});
-            x[1] = __builtin_shuffle(low01, low23, (four_places){2, 3, 6, 7});
-            x[2] = __builtin_shuffle(high01, high23, (four_places){0, 1, 4, 5});
-            x[3] = __builtin_shuffle(high01, high23, (four_places){2, 3, 6, 7});
-            for (int i = 0; i < 4; i++)
-                memcpy(to + t / NR * NR * W + (e + i) * NR + t % NR, x + i, sizeof x[i]);
-        }
+        for (i64 e = 0; e < W; e += 4)
+            transpose_four(from + t * W + e, W, to + t / NR * NR * W + e * NR + t % NR, NR);
 }
 
 static inline i64 up(i64 n, i64 by) { return (n + by - 1) / by * by; }

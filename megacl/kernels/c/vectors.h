@@ -94,3 +94,24 @@ static inline vec exp2_of(vec x)
 
 /* exp2_of, and 0 below 2^-126, so that times a huge z it is nothing. */
 static inline vec vanishing_exp2_of(vec x) { return pick(x < -126.0f, (vec){0}, exp2_of(x)); }
+
+typedef float four __attribute__((vector_size(16)));
+typedef int32_t four_places __attribute__((vector_size(16)));
+
+/* Four values of each of four rows, `stride` apart, into the columns of four others. */
+static inline void transpose_four(const float *restrict from, i64 stride, float *restrict to, i64 to_stride)
+{
+    four x[4];
+    for (int i = 0; i < 4; i++)
+        memcpy(x + i, from + i * stride, sizeof x[i]);
+    four low01 = __builtin_shuffle(x[0], x[1], (four_places){0, 4, 1, 5});
+    four low23 = __builtin_shuffle(x[2], x[3], (four_places){0, 4, 1, 5});
+    four high01 = __builtin_shuffle(x[0], x[1], (four_places){2, 6, 3, 7});
+    four high23 = __builtin_shuffle(x[2], x[3], (four_places){2, 6, 3, 7});
+    x[0] = __builtin_shuffle(low01, low23, (four_places){0, 1, 4, 5});
+    x[1] = __builtin_shuffle(low01, low23, (four_places){2, 3, 6, 7});
+    x[2] = __builtin_shuffle(high01, high23, (four_places){0, 1, 4, 5});
+    x[3] = __builtin_shuffle(high01, high23, (four_places){2, 3, 6, 7});
+    for (int i = 0; i < 4; i++)
+        memcpy(to + i * to_stride, x + i, sizeof x[i]);
+}
