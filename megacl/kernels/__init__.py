@@ -20,7 +20,18 @@ import torch
 from torch import Tensor
 
 from megacl.errors import ConfigError
-from megacl.kernels import c_attention, c_cross_entropy, c_gelu, c_library, chunked, fused, lean, onednn, reference, varlen
+from megacl.kernels import (
+    c_attention,
+    c_cross_entropy,
+    c_gelu,
+    c_library,
+    chunked,
+    fused,
+    lean,
+    onednn,
+    reference,
+    varlen,
+)
 from megacl.kernels.reference import IGNORED, repeats_keys
 
 __all__ = [

@@ -25,7 +25,7 @@ def _cross_entropy(
     logits_NV: Tensor, targets_N: Tensor, z_loss: float, scale: float, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
     """(nats_N, squares_N) of logits in fp32, which become their gradient where that is wanted; both contiguous."""
-    nats_N, squares_N = logits_NV.new_empty(2, logits_NV.shape[0])
+    nats_N, squares_N = (logits_NV.new_empty(logits_NV.shape[0]) for _ in range(2))
     outside = c_library.load().cross_entropy(
         *(ctypes.c_int64(size) for size in logits_NV.shape),
         ctypes.c_void_p(logits_NV.data_ptr()),
@@ -62,9 +62,7 @@ def _softmax(
     return nats_N.sum(), squares_N.sum(), None if scale is None else logits
 
 
-def linear_cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int, z_loss: float
-) -> Tensor:
+def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int, z_loss: float) -> Tensor:
     """`Kernels.linear_cross_entropy`, holding the logits of at most `chunk` tokens."""
     product = onednn.product if onednn.is_faster() else F.linear
     return chunked.linear_cross_entropy(

@@ -72,7 +72,7 @@ torch.library.define("megacl::turned", "(Tensor x, float factor) -> Tensor")
 def _turned(x_AB: Tensor, factor: float) -> Tensor:
     y_BA = x_AB.new_empty(x_AB.shape[::-1])
     if x_AB.dtype != torch.float32 or not x_AB.is_contiguous() or c_library.unavailable():
-        return torch.mul(x_AB.t(), factor, out=y_BA)
+        return y_BA.copy_(x_AB.t()) if factor == 1 else torch.mul(x_AB.t(), factor, out=y_BA)
     rows, columns = (ctypes.c_int64(size) for size in x_AB.shape)
     x, y = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_AB, y_BA))
     c_library.load().turned(rows, columns, x, ctypes.c_float(factor), y, torch.get_num_threads())

@@ -1,5 +1,6 @@
 """The kernels in C against their twins, as operators, and how the library comes to be where it runs."""
 
+import math
 import os
 import stat
 import subprocess
@@ -117,6 +118,43 @@ def test_empty_tensors_pass_attention(shape):
     assert gradient.shape == shape
 
 
+@settings(deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    classes=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 1000])),
+    spread=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    z_loss=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 2**32),
+)
+def test_nats_and_their_gradient_are_those_of_every_logit_of_the_row(rows, classes, spread, z_loss, seed):
+    logits = drawn(rows, classes, seed=seed, scale=spread).detach()
+    targets = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(seed))
+    exact = logits.double().requires_grad_()
+    log_z = exact.logsumexp(1)
+    expected = log_z - exact.gather(1, targets[:, None]).squeeze(1), log_z.square()
+    (slopes,) = torch.autograd.grad((expected[0] + z_loss * expected[1]).sum(), exact)
+    untouched = logits.clone()
+    for differentiate in (False, True):
+        found = torch.ops.megacl.c_cross_entropy(untouched, targets, z_loss, 1.0, differentiate)
+        for ours, exactly in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours.double(), exactly.detach(), rtol=1e-5, atol=1e-5 * max(1, spread))
+        assert torch.equal(untouched, logits) is not differentiate or classes == 1
+    torch.testing.assert_close(untouched.double(), slopes, rtol=1e-4, atol=1e-6 * (1 + z_loss * slopes.abs().max()))
+
+
+def test_a_class_without_a_chance_has_no_gradient():
+    logits = torch.tensor([[0.0, float("-inf"), 1.0, -200.0]])
+    nats, _ = torch.ops.megacl.c_cross_entropy(logits, torch.tensor([2]), 0.0, 1.0, True)
+    assert nats.item() == pytest.approx(math.log1p(math.exp(-1)))
+    assert logits[0, [1, 3]].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("target", [-1, 5])
+def test_a_target_that_is_no_class_is_refused(target):
+    with pytest.raises(IndexError, match="a target is none of the 5 classes"):
+        torch.ops.megacl.c_cross_entropy(torch.zeros(2, 5), torch.tensor([0, target]), 0.0, 1.0, True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gelu_of_products_of_another_width_is_pytorchs(dtype):
     x, weight, bias = drawn(3, 4), drawn(6, 4, seed=1), drawn(6, seed=2)
@@ -134,6 +172,9 @@ def of_all_kernels(threads: int) -> list[torch.Tensor]:
         mixed = ATTENTION["c"](qkv, *tables(90, 4), None, 1, 0.25)
         x, bias = drawn(300, 20, seed=1), drawn(20, seed=2)
         y = torch.ops.megacl.c_gelu(x, bias, False)
+        targets = torch.arange(300) % 20
+        sums = kernels.FORMS["linear_cross_entropy"]["c"](x, drawn(70, 20, seed=3), targets, chunk=128, z_loss=0.1)
+        y = y + sums[0] / 300
         return [mixed, y, *torch.autograd.grad([mixed.sin().sum(), y.sin().sum()], [qkv, x, bias])]
     finally:
         torch.set_num_threads(before)
@@ -207,10 +248,12 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         ),
         (ours.c_gelu, (x, bias, False)),
         (ours.c_gelu_backward, (drawn(5, 7, seed=3).detach(), x.detach(), bias.detach(), True)),
+        (ours.c_cross_entropy, (x.detach(), torch.tensor([0, 6, kernels.IGNORED, 3, 3]), 0.1, 1.0, True)),
+        (ours.turned, (x.detach(), 0.5)),
     ]
 
 
-@pytest.mark.parametrize("operator", range(5))
+@pytest.mark.parametrize("operator", range(7))
 def test_pytorchs_own_check_of_operators_passes(operator):
     function, arguments = operators()[operator]
     torch.library.opcheck(function.default, arguments)
@@ -338,6 +381,8 @@ def test_the_first_call_does_not_wait_for_pytorchs_compiler():
         "FORMS['rotary_attention']['c'](x, *torch.ones(2, 2, 1), None, 1, 0.5).sum().backward()\n"
         "y = torch.ones(2, 4, requires_grad=True)\n"
         "FORMS['linear_gelu']['c'](y, torch.ones(3, 4)).sum().backward()\n"
+        "targets = torch.zeros(2, dtype=torch.int64)\n"
+        "FORMS['linear_cross_entropy']['c'](y, torch.ones(3, 4), targets, chunk=2, z_loss=0.0)[0].backward()\n"
         "sys.exit('torch._dynamo' in sys.modules)\n"
     )
     assert status_of(code) == 0

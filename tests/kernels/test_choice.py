@@ -70,6 +70,15 @@ def test_on_a_cpu_products_are_mkls_on_its_makers_cores_and_else_onednns(vendor,
     assert chosen(device="cpu", half=False, linear="onednn")["linear"] == "onednn"
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_where_c_can_be_compiled_a_cpu_runs_it_but_for_what_a_graph_fuses(compiled, monkeypatch):
+    monkeypatch.setattr(kernels.c_library, "unavailable", lambda: None)
+    found = chosen(device="cpu", half=False, compiled=compiled)
+    assert (found["rotary_attention"], found["linear_cross_entropy"]) == ("c", "c")
+    assert (found["linear_gelu"] == "c") is not compiled
+    assert "c" not in chosen(device="cpu", half=True, compiled=compiled).values()
+
+
 @pytest.mark.parametrize("part", ["rotary", "attention", "document_attention"])
 def test_naming_a_part_of_attention_has_the_parts_run(part):
     assert chosen(device="cpu", half=False, **{part: "reference"})["rotary_attention"] == "apart"

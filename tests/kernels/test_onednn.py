@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from twins import OF_A_CPU, assert_matches_twin, drawn
 
-from megacl.kernels import FORMS, REFERENCE, onednn
+from megacl.kernels import FORMS, REFERENCE, c_library, onednn
 
 pytestmark = [OF_A_CPU, pytest.mark.skipif(not onednn.available(), reason="needs a PyTorch with oneDNN")]
 
@@ -50,3 +52,29 @@ def test_a_whole_graph_with_it_goes_through_torch_compile():
     gradients = [torch.autograd.grad(y.sin().sum(), [x, weight, bias]) for y in results]
     assert torch.equal(*results)
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+SIDES = st.one_of(st.integers(0, 40), st.sampled_from([127, 128, 129, 255, 256, 257, 300]))
+
+
+@settings(deadline=None)
+@given(
+    rows=SIDES, columns=SIDES, factor=st.sampled_from([1.0, -0.3]), strides=st.sampled_from(["own", "turned", "cut"])
+)
+def test_a_matrix_turned_and_scaled_lies_row_by_row(rows, columns, factor, strides):
+    x_AB = drawn(rows, columns).detach()
+    if strides == "turned":
+        x_AB = x_AB.t().contiguous().t()
+    if strides == "cut":
+        x_AB = drawn(rows, columns + 1).detach()[:, 1:]
+    y_BA = onednn.turned(x_AB, factor)
+    assert y_BA.is_contiguous()
+    assert torch.equal(y_BA, factor * x_AB.t())
+
+
+def test_without_a_compiler_a_matrix_is_turned_to_the_same_bits(monkeypatch):
+    x_AB = drawn(300, 21).detach()
+    with_c = [onednn.turned(x_AB, factor) for factor in (1.0, -0.3)]
+    monkeypatch.setattr(c_library, "unavailable", lambda: "no C compiler")
+    for ours, factor in zip(with_c, (1.0, -0.3), strict=True):
+        assert torch.equal(onednn.turned(x_AB, factor), ours)

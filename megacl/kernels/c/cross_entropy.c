@@ -51,7 +51,7 @@ static inline __attribute__((always_inline)) float exponentials(const float *x, 
  * gradient of nats + z_loss squares: scale (softmax (1 + 2 z_loss log Z) - one-hot), or 0.
  * Returns whether a target is outside of the row. */
 int cross_entropy(i64 rows, i64 width, float *logits, const i64 *targets, i64 ignored, float z_loss, float scale,
-                   int differentiate, float *nats, float *squares, int threads)
+                  int differentiate, float *nats, float *squares, int threads)
 {
     int outside = 0;
 #pragma omp parallel for num_threads(threads) reduction(| : outside)
