@@ -53,7 +53,7 @@ def sums_and_gradients(
     with torch.autocast(x_ND.device.type, enabled=False):
         weight = weight_VD.to(dtype)
         sums = x_ND.new_zeros(2, dtype=wide)
-        dx_ND = torch.empty_like(x_ND, dtype=dtype_of_dx(x_ND)) if wants_x else None
+        dx_ND = x_ND.new_empty(x_ND.shape, dtype=dtype_of_dx(x_ND)) if wants_x else None
         # oneDNN adds to nothing that was there before, and is twice as fast where what it makes has long rows.
         turned = product is onednn.product and dtype == torch.float32
         dweight_VD = None
@@ -172,7 +172,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
-    """Row by row in memory, as its parameter is."""
+    """Row by row in memory, as its parameter is: also where oneDNN made it transposed."""
     return gradient * scale if gradient.is_contiguous() else onednn.turned(gradient.t(), scale.item())
 
 

@@ -146,6 +146,16 @@ def test_one_input_alone_may_need_its_gradient(form):
 
 
 @FORMS
+def test_views_are_read_by_their_strides(form):
+    x_ND, weight_VD, targets_N = draw(10, 4, 6, seed=3, dtype=torch.float32)
+    views = [each.detach().t().contiguous().t().requires_grad_() for each in (x_ND, weight_VD)]
+    cut_N = torch.stack([targets_N, targets_N], 1)[:, 0]
+    found = run(form, (views[0], views[1], cut_N), 4, 0.1)
+    for ours, expected in zip(found, run("reference", (x_ND, weight_VD, targets_N), 4, 0.1), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@FORMS
 def test_nothing_is_differentiated_where_gradients_are_off(form):
     x_ND, weight_VD, targets_N = draw(10, 4, 6, seed=3, dtype=torch.float32)
     with torch.no_grad():

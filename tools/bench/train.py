@@ -13,7 +13,8 @@ row says beside another is worth more than what it says alone: `to megacl` is ta
     GEMM GFLOP/s       by the products that are made: attention's causal half
     of the GEMM rate   the last beside the rate of these matrix products alone, attention's left out, measured in each
                        round: forward, gradient of the input, gradient of the weight, each by the faster one of MKL,
-                       into memory that was there before, and oneDNN
+                       into memory that was there before, and oneDNN, as PyTorch calls them; a rate above the table
+                       is of products whose factors were copied as oneDNN likes them before the clock began
     peak MB            resident memory of the process at its highest
 
 `megacl` is the native engine; `selective` and `full` are activation checkpointing, and each step of `monitored` is
@@ -124,7 +125,11 @@ def bare_step(model: Any) -> Callable[[Any], object]:
 
 
 def gemm_rates(shape: Shape, clock: Callable[[], float] = time.perf_counter, repeats: int = 7) -> dict[str, float]:
-    """GFLOP/s of the model's matrix products, weighed as a step has them, and of square ones, by that clock."""
+    """GFLOP/s of the model's matrix products, weighed as a step has them, and of square ones, by that clock.
+
+    `own` is that of PyTorch's calls; `copied`, where a first factor that lies transposed was copied beforehand, which
+    PyTorch does on one thread each time that it calls oneDNN.
+    """
     import torch
 
     from megacl.kernels import LOSS_CHUNK, onednn
@@ -139,7 +144,7 @@ def gemm_rates(shape: Shape, clock: Callable[[], float] = time.perf_counter, rep
         (tokens, 4 * width, width, layers),
         (chunk, width, shape["vocab_size"], tokens // chunk),
     ]
-    total_flops = total_seconds = 0.0
+    total_flops = total_seconds = copied_seconds = 0.0
     for rows, inputs, outputs, count in products:
         x, weight, y = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
         for one, other, into in ((x, weight.t(), y), (y, weight, x), (y.t(), x, weight)):
@@ -149,6 +154,10 @@ def gemm_rates(shape: Shape, clock: Callable[[], float] = time.perf_counter, rep
                     seconds, _median_seconds(functools.partial(onednn.product, one, other.t()), clock, repeats)
                 )
             total_seconds += count * seconds
+            if onednn.available() and not one.is_contiguous():
+                copied = functools.partial(onednn.product, one.contiguous(), other.t())
+                seconds = min(seconds, _median_seconds(copied, clock, repeats))
+            copied_seconds += count * seconds
             total_flops += count * 2 * rows * inputs * outputs
     square = torch.randn(SQUARE, SQUARE)
     into = torch.empty_like(square)
@@ -156,7 +165,11 @@ def gemm_rates(shape: Shape, clock: Callable[[], float] = time.perf_counter, rep
         _median_seconds(functools.partial(torch.mm, square, square, out=into), clock, repeats),
         _median_seconds(functools.partial(onednn.product, square, square), clock, repeats),
     )
-    return {"own": total_flops / total_seconds / 1e9, "square": 2 * SQUARE**3 / squared / 1e9}
+    return {
+        "own": total_flops / total_seconds / 1e9,
+        "copied": total_flops / copied_seconds / 1e9,
+        "square": 2 * SQUARE**3 / squared / 1e9,
+    }
 
 
 def _median_seconds(run: Callable[[], object], clock: Callable[[], float], repeats: int) -> float:
@@ -329,8 +342,8 @@ def print_steps(shape: Shape, rows: dict[str, Callable[[Shape, int], Any]], *, r
     products = flops - attention // 2
     print(f"\n{sizes.pop():,} parameters, vocabulary {shape['vocab_size']:,}, {shape['batch']} x {shape['seq_length']}")
     print(f"tokens; {flops / 1e6:.1f} model MFLOP, {products / 1e6:.1f} GEMM MFLOP a token. GEMM rate on the model's")
-    own, square = (spans((rate[key] for rate in gemm), ".0f") for key in ("own", "square"))
-    print(f"shapes {own} GFLOP/s, {SQUARE} x {SQUARE} {square}.\n")
+    own, copied, square = (spans((rate[key] for rate in gemm), ".0f") for key in ("own", "copied", "square"))
+    print(f"shapes {own} GFLOP/s, with factors copied beforehand {copied}, {SQUARE} x {SQUARE} {square}.\n")
     heads = ["tokens/s", "to megacl", "core ms/token", "model GFLOP/s", "GEMM GFLOP/s", "of the GEMM rate", "peak MB"]
     print("| | " + " | ".join(heads) + " |\n|" + "---|" * (len(heads) + 1))
     rates = {name: [tokens / statistics.median(r["seconds"]) for r in results] for name, results in found.items()}
