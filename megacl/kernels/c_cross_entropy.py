@@ -24,7 +24,15 @@ torch.library.define(
 def _cross_entropy(
     logits_NV: Tensor, targets_N: Tensor, z_loss: float, scale: float, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
-    """(nats_N, squares_N) of logits in fp32, which become their gradient where that is wanted; both contiguous."""
+    """(nats_N, squares_N) of logits in fp32, which become their gradient where that is wanted; both contiguous.
+
+    Raises ValueError where there is not an int64 target to each row, IndexError where one is none of the classes.
+    """
+    if targets_N.dtype != torch.int64 or targets_N.shape != logits_NV.shape[:1]:
+        raise ValueError(
+            f"logits of shape {[*logits_NV.shape]} want as many targets of int64, "
+            f"not {[*targets_N.shape]} of {targets_N.dtype}"
+        )
     nats_N, squares_N = (logits_NV.new_empty(logits_NV.shape[0]) for _ in range(2))
     outside = c_library.load().cross_entropy(
         *(ctypes.c_int64(size) for size in logits_NV.shape),
@@ -57,7 +65,7 @@ def _softmax(
     if logits.dtype != torch.float32:
         return chunked.softmax(logits, targets, z_loss, scale)
     nats_N, squares_N = torch.ops.megacl.c_cross_entropy(
-        logits, targets.contiguous(), z_loss, scale or 0.0, scale is not None
+        logits, targets.long().contiguous(), z_loss, scale or 0.0, scale is not None
     )
     return nats_N.sum(), squares_N.sum(), None if scale is None else logits
 

@@ -173,7 +173,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """Row by row in memory, as its parameter is: also where oneDNN made it transposed."""
-    return gradient * scale if gradient.is_contiguous() else onednn.turned(gradient.t(), scale.item())
+    return gradient * scale if gradient.is_contiguous() else onednn.turned(gradient.t(), scale)
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:

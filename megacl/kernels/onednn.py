@@ -65,27 +65,28 @@ def product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tenso
 
 
 # What it makes transposed is turned back by turned.c where that can be had: PyTorch copies on one thread, or slowly.
-torch.library.define("megacl::turned", "(Tensor x, float factor) -> Tensor")
+torch.library.define("megacl::turned", "(Tensor x, Tensor? factor) -> Tensor")
 
 
 @torch.library.impl("megacl::turned", "CPU")
-def _turned(x_AB: Tensor, factor: float) -> Tensor:
+def _turned(x_AB: Tensor, factor: Tensor | None) -> Tensor:
     y_BA = x_AB.new_empty(x_AB.shape[::-1])
     if x_AB.dtype != torch.float32 or not x_AB.is_contiguous() or c_library.unavailable():
-        return y_BA.copy_(x_AB.t()) if factor == 1 else torch.mul(x_AB.t(), factor, out=y_BA)
+        return y_BA.copy_(x_AB.t()) if factor is None else torch.mul(x_AB.t(), factor, out=y_BA)
     rows, columns = (ctypes.c_int64(size) for size in x_AB.shape)
     x, y = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_AB, y_BA))
-    c_library.load().turned(rows, columns, x, ctypes.c_float(factor), y, torch.get_num_threads())
+    scale = ctypes.c_float(1.0 if factor is None else factor.item())
+    c_library.load().turned(rows, columns, x, scale, y, torch.get_num_threads())
     return y_BA
 
 
 @torch.library.register_fake("megacl::turned")  # type: ignore[untyped-decorator]
-def _turned_shape(x_AB: Tensor, factor: float) -> Tensor:
+def _turned_shape(x_AB: Tensor, factor: Tensor | None) -> Tensor:
     return x_AB.new_empty(x_AB.shape[::-1])
 
 
-def turned(x_AB: Tensor, factor: float = 1.0) -> Tensor:
-    """factor times the transpose, row by row in memory, without a gradient."""
+def turned(x_AB: Tensor, factor: Tensor | None = None) -> Tensor:
+    """The transpose, row by row in memory, times a factor of no dimensions; without a gradient."""
     y_BA: Tensor = torch.ops.megacl.turned(x_AB, factor)
     return y_BA
 

@@ -130,8 +130,8 @@ def _linear_cross_entropy_shapes(
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = x_ND.new_empty(3, dtype=torch.float32)
-    dx_ND = torch.empty_like(x_ND, dtype=dtype_of_dx(x_ND)) if wants_x else sums.new_empty(0)
-    return sums, dx_ND, torch.empty_like(weight_VD, dtype=torch.float32) if wants_weight else sums.new_empty(0)
+    dx_ND = x_ND.new_empty(x_ND.shape, dtype=dtype_of_dx(x_ND)) if wants_x else sums.new_empty(0)
+    return sums, dx_ND, sums.new_empty(weight_VD.shape if wants_weight else 0)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -149,6 +149,12 @@ def test_a_class_without_a_chance_has_no_gradient():
     assert logits[0, [1, 3]].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("targets", [torch.zeros(3).long(), torch.zeros(2, dtype=torch.int32)])
+def test_targets_of_another_number_or_type_are_refused(targets):
+    with pytest.raises(ValueError, match=r"logits of shape \[2, 5\] want as many targets of int64, not \["):
+        torch.ops.megacl.c_cross_entropy(torch.zeros(2, 5), targets, 0.0, 1.0, True)
+
+
 @pytest.mark.parametrize("target", [-1, 5])
 def test_a_target_that_is_no_class_is_refused(target):
     with pytest.raises(IndexError, match="a target is none of the 5 classes"):
@@ -172,10 +178,17 @@ def of_all_kernels(threads: int) -> list[torch.Tensor]:
         mixed = ATTENTION["c"](qkv, *tables(90, 4), None, 1, 0.25)
         x, bias = drawn(300, 20, seed=1), drawn(20, seed=2)
         y = torch.ops.megacl.c_gelu(x, bias, False)
-        targets = torch.arange(300) % 20
-        sums = kernels.FORMS["linear_cross_entropy"]["c"](x, drawn(70, 20, seed=3), targets, chunk=128, z_loss=0.1)
-        y = y + sums[0] / 300
-        return [mixed, y, *torch.autograd.grad([mixed.sin().sum(), y.sin().sum()], [qkv, x, bias])]
+        slopes = drawn(300, 70, seed=3).detach()
+        nats = torch.ops.megacl.c_cross_entropy(slopes, torch.arange(300) % 70, 0.1, 1.0, True)
+        turned = torch.ops.megacl.turned(slopes, None)
+        return [
+            mixed,
+            y,
+            *nats,
+            slopes,
+            turned,
+            *torch.autograd.grad([mixed.sin().sum(), y.sin().sum()], [qkv, x, bias]),
+        ]
     finally:
         torch.set_num_threads(before)
 
@@ -249,7 +262,7 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         (ours.c_gelu, (x, bias, False)),
         (ours.c_gelu_backward, (drawn(5, 7, seed=3).detach(), x.detach(), bias.detach(), True)),
         (ours.c_cross_entropy, (x.detach(), torch.tensor([0, 6, kernels.IGNORED, 3, 3]), 0.1, 1.0, True)),
-        (ours.turned, (x.detach(), 0.5)),
+        (ours.turned, (x.detach(), torch.tensor(0.5))),
     ]
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from twins import DEVICE, DTYPES, param
 
@@ -153,6 +154,16 @@ def test_views_are_read_by_their_strides(form):
     found = run(form, (views[0], views[1], cut_N), 4, 0.1)
     for ours, expected in zip(found, run("reference", (x_ND, weight_VD, targets_N), 4, 0.1), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@FORMS
+def test_fake_tensors_pass_forward_and_back(form):
+    x_ND, weight_VD, targets_N = draw(10, 4, 6, seed=3, dtype=torch.float32)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(each) for each in (x_ND, weight_VD)]
+        sums = IMPLEMENTATIONS[form](*fakes, mode.from_tensor(targets_N), chunk=4, z_loss=0.1)
+        gradients = torch.autograd.grad(3 * sums[0], fakes)
+    assert [each.shape for each in (sums, *gradients)] == [(3,), x_ND.shape, weight_VD.shape]
 
 
 @FORMS

@@ -74,6 +74,7 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
     turned, angles = drawn(2, 3, 4, 6, seed=7), drawn(4, 2, seed=8).detach()
     plain = [each.detach() for each in (x, weight, residual)]
     targets = torch.tensor([1, kernels.IGNORED, 2], device=DEVICE)
+    by_columns = [each.detach().t().contiguous().t().requires_grad_() for each in (x, residual)]
     ours = torch.ops.megacl
     return [
         (ours.norm, (x, residual, weight, bias, 1e-5, torch.float32)),
@@ -86,10 +87,11 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         (ours.bias_gelu_backward, (plain[0], plain[1], plain[2], True)),
         (ours.linear_cross_entropy, (x, residual, targets, 2, 0.1, torch.float32, True, True)),
         (ours.linear_cross_entropy, (plain[0], residual, targets, 2, 0.1, torch.bfloat16, False, True)),
+        (ours.linear_cross_entropy, (*by_columns, targets, 2, 0.1, torch.float32, True, True)),
     ]
 
 
-@pytest.mark.parametrize("operator", range(10))
+@pytest.mark.parametrize("operator", range(11))
 def test_pytorchs_own_check_of_operators_passes(operator):
     function, arguments = operators()[operator]
     torch.library.opcheck(function.default, arguments)
