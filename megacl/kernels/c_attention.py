@@ -62,7 +62,7 @@ def _run(
         threads=torch.get_num_threads(),
     )
     compute = getattr(c_library.load(), function)
-    if compute(ctypes.byref(arguments), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in more)):
+    if compute(ctypes.byref(arguments), *c_library.pointers(*more)):
         raise MemoryError("no memory for the attention of one head")
 
 

@@ -36,14 +36,12 @@ def _cross_entropy(
     nats_N, squares_N = (logits_NV.new_empty(logits_NV.shape[0]) for _ in range(2))
     outside = c_library.load().cross_entropy(
         *(ctypes.c_int64(size) for size in logits_NV.shape),
-        ctypes.c_void_p(logits_NV.data_ptr()),
-        ctypes.c_void_p(targets_N.data_ptr()),
+        *c_library.pointers(logits_NV, targets_N),
         ctypes.c_int64(IGNORED),
         ctypes.c_float(z_loss),
         ctypes.c_float(scale),
         differentiate,
-        ctypes.c_void_p(nats_N.data_ptr()),
-        ctypes.c_void_p(squares_N.data_ptr()),
+        *c_library.pointers(nats_N, squares_N),
         torch.get_num_threads(),
     )
     if outside:

@@ -17,10 +17,6 @@ _ROWS = 64
 """Whose part of the bias' gradient is summed up by one thread; the parts are added in their order."""
 
 
-def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-
-
 # Not torch.library.custom_op: its first call imports the compiler, which takes two seconds.
 torch.library.define("megacl::c_gelu", "(Tensor x, Tensor bias, bool tanh) -> Tensor")
 torch.library.define("megacl::c_gelu_backward", "(Tensor dy, Tensor x, Tensor bias, bool tanh) -> (Tensor, Tensor)")
@@ -31,7 +27,7 @@ def _gelu(x_NF: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
     """x and bias contiguous, in fp32."""
     y_NF = torch.empty_like(x_NF)
     sizes = (ctypes.c_int64(size) for size in x_NF.shape)
-    c_library.load().gelu_forward(*sizes, *_pointers(x_NF, bias_F, y_NF), tanh, torch.get_num_threads())
+    c_library.load().gelu_forward(*sizes, *c_library.pointers(x_NF, bias_F, y_NF), tanh, torch.get_num_threads())
     return y_NF
 
 
@@ -46,7 +42,7 @@ def _gelu_backward(dy_NF: Tensor, x_NF: Tensor, bias_F: Tensor, tanh: bool) -> t
     sums = x_NF.new_zeros(-(-x_NF.shape[0] // _ROWS), x_NF.shape[1])
     sizes = (ctypes.c_int64(size) for size in x_NF.shape)
     dy_NF = dy_NF.contiguous()
-    tensors = _pointers(x_NF, bias_F, dy_NF, dx_NF, sums)
+    tensors = c_library.pointers(x_NF, bias_F, dy_NF, dx_NF, sums)
     c_library.load().gelu_backward(*sizes, *tensors, ctypes.c_int64(_ROWS), tanh, torch.get_num_threads())
     return dx_NF, sums.sum(0)
 

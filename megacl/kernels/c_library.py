@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch  # noqa: F401  # the OpenMP runtime comes with it
+import torch  # the OpenMP runtime comes with it
 
 _OPTIONS = ["-O3", "-march=native", "-fwrapv", "-fPIC", "-fopenmp"]
 _SECONDS = 120
@@ -59,6 +59,11 @@ def unavailable() -> str | None:
     except UnavailableError as why:
         return str(why)
     return None
+
+
+def pointers(*tensors: torch.Tensor) -> list[ctypes.c_void_p]:
+    """Where they begin in memory, as a function of the library takes them."""
+    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
 
 
 def _build(compiler: list[str], built: Path) -> None:

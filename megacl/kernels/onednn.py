@@ -74,7 +74,7 @@ def _turned(x_AB: Tensor, factor: Tensor | None) -> Tensor:
     if x_AB.dtype != torch.float32 or not x_AB.is_contiguous() or c_library.unavailable():
         return y_BA.copy_(x_AB.t()) if factor is None else torch.mul(x_AB.t(), factor, out=y_BA)
     rows, columns = (ctypes.c_int64(size) for size in x_AB.shape)
-    x, y = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_AB, y_BA))
+    x, y = c_library.pointers(x_AB, y_BA)
     scale = ctypes.c_float(1.0 if factor is None else factor.item())
     c_library.load().turned(rows, columns, x, scale, y, torch.get_num_threads())
     return y_BA
