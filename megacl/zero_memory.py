@@ -12,15 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megacl.config import EngineConfig
-from megacl.engine.adapter import BUCKET
+from megacl.engine.adapter import BUCKET, PREFETCH
 
 FP32 = 4
 _ALL_REDUCE = 500_000_000
 """Elements of gradients that DeepSpeed's stage 0 lays end to end at a time."""
 _LIVE = 1_000_000_000
 """Elements of whole weights that stage 3 keeps at most, between a forward pass and its backward pass too."""
-_PREFETCH = 50_000_000
-"""Elements that stage 3 gathers ahead of their use, in one go."""
 _GLOO_COPIES = (2, 3)
 """Gathered pieces that are there twice at the peak, at least and at most: one that is copied out of what came, and
 those of gloo's, as its threads come to work."""
@@ -279,8 +277,8 @@ class _Zero:
         if self.on_cpu and self.ranks > 1:
             # The next step begins, and all is gathered, piece by piece: the first one's weights are copied out of it
             # while gloo has buffers for the next ones. How many varies from run to run: the estimate lies midway.
-            pieces = sum(min(self.weights, copies * _PREFETCH) for copies in _GLOO_COPIES)
-            copies = self.bytes * pieces // len(_GLOO_COPIES)
+            pieces = sorted(self._pieces(), reverse=True)
+            copies = self.bytes * sum(sum(pieces[:copies]) for copies in _GLOO_COPIES) // len(_GLOO_COPIES)
             endings["gathering"] = Gradients(self.kept, buffer + live + copies)
         return Held(
             parameters=-(-self.whole // self.ranks),
@@ -288,16 +286,18 @@ class _Zero:
             arriving=arriving,
             endings=endings,
             gathered=live,
-            gathering=self.bytes * self._last_gathered() if self.ranks > 1 else 0,
+            gathering=self.bytes * self._pieces()[-1] if self.ranks > 1 else 0,
             between=self.kept + buffer,
         )
 
-    def _last_gathered(self) -> int:
-        """Elements of the last weights that are gathered in one go, which lie end to end until the last is used."""
-        together = 0
+    def _pieces(self) -> list[int]:
+        """Elements of the weights that are gathered in one go each, which lie end to end until the last is used."""
+        pieces = [0]
         for size in self.sizes:
-            together = size if together >= _PREFETCH else together + size
-        return together
+            if pieces[-1] >= PREFETCH["cpu" if self.on_cpu else "cuda"]:
+                pieces.append(0)
+            pieces[-1] += size
+        return pieces
 
     def _scattered(self, elements: int) -> int:
         """Bytes of the copies of a bucket whose shards go to their ranks; gloo makes one more."""

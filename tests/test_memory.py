@@ -2,7 +2,6 @@
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -213,13 +212,16 @@ def test_resident_memory_of_each_zero_stage_is_within_five_percent(stage, ranks)
 def test_resident_memory_is_within_five_percent_where_gradients_are_sent_in_several_buckets(stage, ranks):
     model = {"vocab_size": 8192, "hidden_size": 1024, "num_layers": 9, "num_attention_heads": 8}  # 130 million
     engine = {"kind": "deepspeed", "zero_stage": stage}
-    times = 3 if (stage, ranks) == (3, 2) else 1  # there gloo has two buffers or three, as its threads come to work
-    measured = [
-        beside_resident_memory(model=model, engine=engine, seq_length=64, micro_batch_size=2, ranks=ranks)
-        for _ in range(times)
-    ]
-    (said,) = {said for said, _ in measured}
-    assert said == pytest.approx(statistics.median(found for _, found in measured), rel=0.05)
+    said, found = beside_resident_memory(model=model, engine=engine, seq_length=64, micro_batch_size=2, ranks=ranks)
+    assert said == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.long
+def test_resident_memory_is_within_five_percent_where_the_most_is_there_while_weights_are_gathered():
+    model = {"vocab_size": 50304, "hidden_size": 1024, "num_layers": 3, "num_attention_heads": 8}
+    engine = {"kind": "deepspeed", "zero_stage": 3}
+    said, found = beside_resident_memory(model=model, engine=engine, seq_length=64, micro_batch_size=2, ranks=2)
+    assert said == pytest.approx(found, rel=0.05)
 
 
 def test_what_is_sent_of_gradients_is_what_filled_the_buffer():

@@ -40,6 +40,10 @@ from megacl.parallel.ranks import Ranks
 VERSION = "0.19"
 BUCKET = 50_000_000
 """Elements that DeepSpeed sends at a time: a tenth of its default, whose buffers alone are gigabytes."""
+PREFETCH = {"cuda": 50_000_000, "cpu": 10_000_000}
+"""Elements of weights that stage 3 gathers ahead of their use, in one go: DeepSpeed's default on a GPU. On a CPU gloo
+copies what it gathers, some pieces at once and others one by one, as its threads come to work: pieces of a fifth take as
+long (docs/log.md), and what they hold at the peak does not vary by a tenth of the whole."""
 
 
 def check(config: EngineConfig) -> None:
@@ -111,6 +115,7 @@ def initialize(
         "stage": config.zero_stage,
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": PREFETCH["cuda" if torch.cuda.is_available() else "cpu"],
     }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
