@@ -42,8 +42,8 @@ BUCKET = 50_000_000
 """Elements that DeepSpeed sends at a time: a tenth of its default, whose buffers alone are gigabytes."""
 PREFETCH = {"cuda": 50_000_000, "cpu": 10_000_000}
 """Elements of weights that stage 3 gathers ahead of their use, in one go: DeepSpeed's default on a GPU. On a CPU gloo
-copies what it gathers, some pieces at once and others one by one, as its threads come to work: pieces of a fifth take as
-long (docs/log.md), and what they hold at the peak does not vary by a tenth of the whole."""
+copies what it gathers, some pieces at once and others one by one, as its threads come to work: pieces of a fifth take
+as long (docs/log.md), and what they hold at the peak does not vary by a tenth of the whole."""
 
 
 def check(config: EngineConfig) -> None:
