@@ -25,6 +25,7 @@ from megacl.kernels import (
     c_cross_entropy,
     c_gelu,
     c_library,
+    c_swiglu,
     chunked,
     fused,
     lean,
@@ -127,6 +128,7 @@ FORMS: dict[str, dict[str, Op | None]] = {
     },
     "rotary": {"triton": _Triton("triton_rotary", "rotary"), "reference": reference.rotary},
     "swiglu": {
+        "c": c_swiglu.swiglu,
         "lean": lean.swiglu,
         "triton": _Triton("triton_swiglu", "swiglu"),
         "reference": reference.swiglu,
@@ -265,8 +267,10 @@ def _fastest(op: str, *, device: str, half: bool, compiled: bool) -> tuple[str, 
             return "triton", "one pass over memory"
         case "rms_norm" if device == "cpu":
             return "lean", "half the time and half the memory of PyTorch's"
+        case "swiglu" if _missing("c", device=device, half=half) is None:
+            return "c", "one pass, and one back, and keeps gate and up alone"
         case "swiglu":
-            return "lean", "as fast as the reference, and keeps gate and up alone"
+            return "lean", "keeps gate and up alone"
         case "rms_norm" | "layer_norm":
             return "torch", "PyTorch's kernel for the device"
         case _:

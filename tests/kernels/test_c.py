@@ -162,6 +162,19 @@ def test_a_target_that_is_no_class_is_refused(target):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_swiglu_of_another_width_is_pytorchs(dtype):
+    gate_up, swiglu = drawn(3, 8, dtype=dtype), kernels.FORMS["swiglu"]
+    assert torch.equal(swiglu["c"](gate_up), swiglu["lean"](gate_up))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_swiglu_of_what_is_not_finite_is_what_its_definition_says(value):
+    gate_up = torch.tensor([[value, 1.0, 2.0, value], [1.0, 2.0, 3.0, 4.0]])
+    swiglu = kernels.FORMS["swiglu"]
+    torch.testing.assert_close(swiglu["c"](gate_up), swiglu["reference"](gate_up), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gelu_of_products_of_another_width_is_pytorchs(dtype):
     x, weight, bias = drawn(3, 4), drawn(6, 4, seed=1), drawn(6, seed=2)
     gelu = kernels.FORMS["linear_gelu"]
@@ -178,16 +191,19 @@ def of_all_kernels(threads: int) -> list[torch.Tensor]:
         mixed = ATTENTION["c"](qkv, *tables(90, 4), None, 1, 0.25)
         x, bias = drawn(300, 20, seed=1), drawn(20, seed=2)
         y = torch.ops.megacl.c_gelu(x, bias, False)
+        gate_up = drawn(300, 70, seed=4)
+        gated = torch.ops.megacl.c_swiglu(gate_up)
         slopes = drawn(300, 70, seed=3).detach()
         nats = torch.ops.megacl.c_cross_entropy(slopes, torch.arange(300) % 70, 0.1, 1.0, True)
         turned = torch.ops.megacl.turned(slopes, None)
         return [
             mixed,
             y,
+            gated,
             *nats,
             slopes,
             turned,
-            *torch.autograd.grad([mixed.sin().sum(), y.sin().sum()], [qkv, x, bias]),
+            *torch.autograd.grad([mixed.sin().sum(), y.sin().sum(), gated.sin().sum()], [qkv, x, bias, gate_up]),
         ]
     finally:
         torch.set_num_threads(before)
@@ -261,12 +277,14 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         ),
         (ours.c_gelu, (x, bias, False)),
         (ours.c_gelu_backward, (drawn(5, 7, seed=3).detach(), x.detach(), bias.detach(), True)),
+        (ours.c_swiglu, (drawn(3, 2, 10),)),
+        (ours.c_swiglu_backward, (drawn(2, 5, 3, seed=3).detach().permute(2, 0, 1), drawn(3, 2, 10).detach())),
         (ours.c_cross_entropy, (x.detach(), torch.tensor([0, 6, kernels.IGNORED, 3, 3]), 0.1, 1.0, True)),
         (ours.turned, (x.detach(), torch.tensor(0.5))),
     ]
 
 
-@pytest.mark.parametrize("operator", range(7))
+@pytest.mark.parametrize("operator", range(9))
 def test_pytorchs_own_check_of_operators_passes(operator):
     function, arguments = operators()[operator]
     torch.library.opcheck(function.default, arguments)
@@ -298,7 +316,8 @@ def test_second_derivatives_are_refused():
     qkv, x = drawn(2, 5, 3, 8), drawn(5, 7, seed=1)
     mixed = ATTENTION["c"](qkv, *tables(5, 2), None, 1, 0.3)
     y = torch.ops.megacl.c_gelu(x, drawn(7, seed=2).detach(), False)
-    for result, by in ((mixed, qkv), (y, x)):
+    gated = torch.ops.megacl.c_swiglu(gate_up := drawn(3, 10))
+    for result, by in ((mixed, qkv), (y, x), (gated, gate_up)):
         (gradient,) = torch.autograd.grad(result.sin().sum(), by, create_graph=True)
         with pytest.raises(RuntimeError, match="has no second derivative"):
             torch.autograd.grad(gradient.sum(), by)
