@@ -75,10 +75,11 @@ static inline float max_of(vec v)
 }
 
 /* 2^x for x < 0.5: 2^n by the exponent's bits, times the Taylor series of 2^f for |f| <= 1/2, whose rest is below 1e-8;
- * never less than 2^-126. Of any other x it is some number; of what is not a number, that. */
+ * never less than 2^-100, since a product of less and a small factor is subnormal, which takes a hundred times as long.
+ * Of any other x it is some number; of what is not a number, that. */
 static inline vec exp2_of(vec x)
 {
-    x = pick(x < -126.0f, all(-126.0f), x);
+    x = pick(x < -100.0f, all(-100.0f), x);
     ivec n = __builtin_convertvector(x - 0.5f, ivec); /* cut off towards 0: the nearest whole number where x < 0.5 */
     vec f = x - __builtin_convertvector(n, vec);
     vec y = all(1.5252733804059840e-5f); /* ln(2)^k / k!, k = 7, 6, ... 0 */
@@ -92,8 +93,8 @@ static inline vec exp2_of(vec x)
     return (vec)((ivec)y + (n << 23));
 }
 
-/* exp2_of, and 0 below 2^-126, so that times a huge z it is nothing. */
-static inline vec vanishing_exp2_of(vec x) { return pick(x < -126.0f, (vec){0}, exp2_of(x)); }
+/* exp2_of, and 0 below 2^-100, so that times a huge z it is nothing. */
+static inline vec vanishing_exp2_of(vec x) { return pick(x < -100.0f, (vec){0}, exp2_of(x)); }
 
 typedef float four __attribute__((vector_size(16)));
 typedef int32_t four_places __attribute__((vector_size(16)));
