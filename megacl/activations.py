@@ -171,7 +171,7 @@ def _head_norms(model: ModelConfig, s: Sizes, kernels: Mapping[str, str], *, cop
 
 def _keeps_normed(kind: str, kernels: Mapping[str, str]) -> bool:
     """Whether the values are kept once more, before the weight: by an RMSNorm that is made of several ops."""
-    return kind == "rms_norm" and kernels[kind] not in ("triton", "lean")
+    return kind == "rms_norm" and kernels[kind] not in ("triton", "lean", "c")
 
 
 def _statistics(kind: str) -> int:

@@ -25,6 +25,7 @@ from megacl.kernels import (
     c_cross_entropy,
     c_gelu,
     c_library,
+    c_norms,
     c_swiglu,
     chunked,
     fused,
@@ -116,12 +117,14 @@ class _Triton:
 
 FORMS: dict[str, dict[str, Op | None]] = {
     "rms_norm": {
+        "c": c_norms.rms_norm,
         "lean": lean.rms_norm,
         "triton": _Triton("triton_norms", "rms_norm"),
         "torch": fused.rms_norm,
         "reference": reference.rms_norm,
     },
     "layer_norm": {
+        "c": c_norms.layer_norm,
         "triton": _Triton("triton_norms", "layer_norm"),
         "torch": fused.layer_norm,
         "reference": reference.layer_norm,
@@ -265,6 +268,8 @@ def _fastest(op: str, *, device: str, half: bool, compiled: bool) -> tuple[str, 
             return "reference", "the compiler fuses it"
         case _ if triton:
             return "triton", "one pass over memory"
+        case "rms_norm" | "layer_norm" if _missing("c", device=device, half=half) is None:
+            return "c", "one pass, and one back, with the sum before it"
         case "rms_norm" if device == "cpu":
             return "lean", "half the time and half the memory of PyTorch's"
         case "swiglu" if _missing("c", device=device, half=half) is None:

@@ -61,9 +61,9 @@ def unavailable() -> str | None:
     return None
 
 
-def pointers(*tensors: torch.Tensor) -> list[ctypes.c_void_p]:
-    """Where they begin in memory, as a function of the library takes them."""
-    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
+    """Where they begin in memory, as a function of the library takes them; NULL for None."""
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
 
 
 def _build(compiler: list[str], built: Path) -> None:

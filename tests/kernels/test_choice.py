@@ -75,7 +75,7 @@ def test_where_c_can_be_compiled_a_cpu_runs_it_but_for_what_a_graph_fuses(compil
     monkeypatch.setattr(kernels.c_library, "unavailable", lambda: None)
     found = chosen(device="cpu", half=False, compiled=compiled)
     assert (found["rotary_attention"], found["linear_cross_entropy"]) == ("c", "c")
-    for op in ("linear_gelu", "swiglu"):
+    for op in ("rms_norm", "layer_norm", "linear_gelu", "swiglu"):
         assert (found[op] == "c") is not compiled
     assert "c" not in chosen(device="cpu", half=True, compiled=compiled).values()
 

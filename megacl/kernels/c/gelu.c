@@ -37,50 +37,41 @@ static inline point by_tanh(vec z)
 
 static inline __attribute__((always_inline)) point gelu(vec z, int tanh) { return tanh ? by_tanh(z) : by_erf(z); }
 
-static inline __attribute__((always_inline)) void forward(int64_t width, const float *x, const float *bias, float *y,
+static inline __attribute__((always_inline)) void forward(i64 width, const float *x, const float *bias, float *y,
                                                           int tanh)
 {
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES)
-        store(y + i, gelu(load(x + i) + load(bias + i), tanh).value);
-    if (i < width)
+    for (i64 i = 0; i < width; i += LANES)
         store_some(y + i, gelu(load_some(x + i, width - i) + load_some(bias + i, width - i), tanh).value, width - i);
 }
 
-void gelu_forward(int64_t rows, int64_t width, const float *x, const float *bias, float *y, int tanh, int threads)
+void gelu_forward(i64 rows, i64 width, const float *x, const float *bias, float *y, int tanh, int threads)
 {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t row = 0; row < rows; row++)
+    for (i64 row = 0; row < rows; row++)
         if (tanh)
             forward(width, x + row * width, bias, y + row * width, 1);
         else
             forward(width, x + row * width, bias, y + row * width, 0);
 }
 
-static inline __attribute__((always_inline)) void backward(int64_t width, const float *x, const float *bias,
+static inline __attribute__((always_inline)) void backward(i64 width, const float *x, const float *bias,
                                                            const float *dy, float *dx, float *sums, int tanh)
 {
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) {
-        vec d = load(dy + i) * gelu(load(x + i) + load(bias + i), tanh).slope;
-        store(dx + i, d);
-        store(sums + i, load(sums + i) + d);
-    }
-    if (i < width) {
-        int64_t count = width - i;
-        vec d = load_some(dy + i, count) * gelu(load_some(x + i, count) + load_some(bias + i, count), tanh).slope;
-        store_some(dx + i, d, count);
-        store_some(sums + i, load_some(sums + i, count) + d, count);
+    for (i64 i = 0; i < width; i += LANES) {
+        i64 left = width - i;
+        vec d = load_some(dy + i, left) * gelu(load_some(x + i, left) + load_some(bias + i, left), tanh).slope;
+        store_some(dx + i, d, left);
+        store_some(sums + i, load_some(sums + i, left) + d, left);
     }
 }
 
 /* sums: [rows / rows_of_task, rounded up][width], zeros, where each task leaves the sum of its rows of dx. */
-void gelu_backward(int64_t rows, int64_t width, const float *x, const float *bias, const float *dy, float *dx,
-                   float *sums, int64_t rows_of_task, int tanh, int threads)
+void gelu_backward(i64 rows, i64 width, const float *x, const float *bias, const float *dy, float *dx,
+                   float *sums, i64 rows_of_task, int tanh, int threads)
 {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t task = 0; task < (rows + rows_of_task - 1) / rows_of_task; task++)
-        for (int64_t row = task * rows_of_task; row < rows && row < (task + 1) * rows_of_task; row++)
+    for (i64 task = 0; task < (rows + rows_of_task - 1) / rows_of_task; task++)
+        for (i64 row = task * rows_of_task; row < rows && row < (task + 1) * rows_of_task; row++)
             if (tanh)
                 backward(width, x + row * width, bias, dy + row * width, dx + row * width, sums + task * width, 1);
             else

@@ -21,12 +21,10 @@ void swiglu_forward(i64 rows, i64 width, const float *gate_up, float *y, int thr
 #pragma omp parallel for num_threads(threads)
     for (i64 row = 0; row < rows; row++) {
         const float *gate = gate_up + row * 2 * width, *up = gate + width;
-        float *to = y + row * width;
-        i64 i = 0;
-        for (; i + LANES <= width; i += LANES)
-            store(to + i, silu(load(gate + i)).value * load(up + i));
-        if (i < width)
-            store_some(to + i, silu(load_some(gate + i, width - i)).value * load_some(up + i, width - i), width - i);
+        for (i64 i = 0; i < width; i += LANES) {
+            i64 left = width - i;
+            store_some(y + row * width + i, silu(load_some(gate + i, left)).value * load_some(up + i, left), left);
+        }
     }
 }
 
@@ -35,21 +33,14 @@ void swiglu_backward(i64 rows, i64 width, const float *dy, const float *gate_up,
 {
 #pragma omp parallel for num_threads(threads)
     for (i64 row = 0; row < rows; row++) {
-        const float *gate = gate_up + row * 2 * width, *up = gate + width, *from = dy + row * width;
+        const float *gate = gate_up + row * 2 * width, *up = gate + width;
         float *dgate = dgate_up + row * 2 * width, *dup = dgate + width;
-        i64 i = 0;
-        for (; i + LANES <= width; i += LANES) {
-            point at = silu(load(gate + i));
-            vec d = load(from + i);
-            store(dgate + i, d * load(up + i) * at.slope);
-            store(dup + i, d * at.value);
-        }
-        if (i < width) {
-            i64 count = width - i;
-            point at = silu(load_some(gate + i, count));
-            vec d = load_some(from + i, count);
-            store_some(dgate + i, d * load_some(up + i, count) * at.slope, count);
-            store_some(dup + i, d * at.value, count);
+        for (i64 i = 0; i < width; i += LANES) {
+            i64 left = width - i;
+            point at = silu(load_some(gate + i, left));
+            vec d = load_some(dy + row * width + i, left);
+            store_some(dgate + i, d * load_some(up + i, left) * at.slope, left);
+            store_some(dup + i, d * at.value, left);
         }
     }
 }

@@ -33,17 +33,22 @@ static inline vec load(const float *from)
 
 static inline void store(float *to, vec v) { memcpy(to, &v, sizeof v); }
 
-/* As many of LANES values as there are, and zeros. */
+/* LANES values, or as many as there are and zeros. */
 static inline vec load_some(const float *from, i64 count)
 {
+    if (count >= LANES)
+        return load(from);
     vec v = {0};
-    memcpy(&v, from, sizeof(float) * (count < LANES ? count : LANES));
+    memcpy(&v, from, sizeof(float) * count);
     return v;
 }
 
 static inline void store_some(float *to, vec v, i64 count)
 {
-    memcpy(to, &v, sizeof(float) * (count < LANES ? count : LANES));
+    if (count >= LANES)
+        store(to, v);
+    else
+        memcpy(to, &v, sizeof(float) * count);
 }
 
 static inline vec all(float x) { return x - (vec){0}; }
