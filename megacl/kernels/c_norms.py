@@ -146,7 +146,7 @@ def _gradients(
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError("norms by megacl::c_norm have no second derivative")
+    raise RuntimeError("a norm by megacl::c_norm has no second derivative")
 
 
 torch.library.register_autograd("megacl::c_norm", _differentiate_norm, setup_context=_keep_norm)

@@ -193,6 +193,8 @@ def of_all_kernels(threads: int) -> list[torch.Tensor]:
         y = torch.ops.megacl.c_gelu(x, bias, False)
         gate_up = drawn(300, 70, seed=4)
         gated = torch.ops.megacl.c_swiglu(gate_up)
+        total, weight, norm_bias = drawn(300, 20, seed=5), drawn(20, seed=6), drawn(20, seed=7)
+        normed = torch.ops.megacl.c_norm(total, weight, norm_bias, 1e-5)[0]
         slopes = drawn(300, 70, seed=3).detach()
         nats = torch.ops.megacl.c_cross_entropy(slopes, torch.arange(300) % 70, 0.1, 1.0, True)
         turned = torch.ops.megacl.turned(slopes, None)
@@ -200,10 +202,14 @@ def of_all_kernels(threads: int) -> list[torch.Tensor]:
             mixed,
             y,
             gated,
+            normed,
             *nats,
             slopes,
             turned,
-            *torch.autograd.grad([mixed.sin().sum(), y.sin().sum(), gated.sin().sum()], [qkv, x, bias, gate_up]),
+            *torch.autograd.grad(
+                [result.sin().sum() for result in (mixed, y, gated, normed)],
+                [qkv, x, bias, gate_up, total, weight, norm_bias],
+            ),
         ]
     finally:
         torch.set_num_threads(before)
@@ -279,12 +285,18 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         (ours.c_gelu_backward, (drawn(5, 7, seed=3).detach(), x.detach(), bias.detach(), True)),
         (ours.c_swiglu, (drawn(3, 2, 10),)),
         (ours.c_swiglu_backward, (drawn(2, 5, 3, seed=3).detach().permute(2, 0, 1), drawn(3, 2, 10).detach())),
+        (ours.c_norm, (x, bias, bias, 1e-5)),
+        (ours.c_norm, (x, bias, None, 1e-5)),
+        (ours.c_add_norm, (x, drawn(7, 5, seed=4).detach().t().requires_grad_(), bias, bias, 1e-5)),
+        (ours.c_add_norm, (x, x.detach(), bias, None, 1e-5)),
+        (ours.c_norm_backward, (x.detach(), x.detach(), x.detach(), bias.detach(), drawn(5, 2, seed=3).detach())),
+        (ours.c_norm_backward, (x.detach(), None, x.detach(), bias.detach(), drawn(5, 1, seed=3).detach())),
         (ours.c_cross_entropy, (x.detach(), torch.tensor([0, 6, kernels.IGNORED, 3, 3]), 0.1, 1.0, True)),
         (ours.turned, (x.detach(), torch.tensor(0.5))),
     ]
 
 
-@pytest.mark.parametrize("operator", range(9))
+@pytest.mark.parametrize("operator", range(15))
 def test_pytorchs_own_check_of_operators_passes(operator):
     function, arguments = operators()[operator]
     torch.library.opcheck(function.default, arguments)
@@ -317,7 +329,8 @@ def test_second_derivatives_are_refused():
     mixed = ATTENTION["c"](qkv, *tables(5, 2), None, 1, 0.3)
     y = torch.ops.megacl.c_gelu(x, drawn(7, seed=2).detach(), False)
     gated = torch.ops.megacl.c_swiglu(gate_up := drawn(3, 10))
-    for result, by in ((mixed, qkv), (y, x), (gated, gate_up)):
+    normed, _ = torch.ops.megacl.c_norm(total := drawn(5, 7, seed=3), drawn(7, seed=4), None, 1e-5)
+    for result, by in ((mixed, qkv), (y, x), (gated, gate_up), (normed, total)):
         (gradient,) = torch.autograd.grad(result.sin().sum(), by, create_graph=True)
         with pytest.raises(RuntimeError, match="has no second derivative"):
             torch.autograd.grad(gradient.sum(), by)

@@ -8,47 +8,59 @@
 /* Zeros behind the values that are left. */
 static inline vec keep_some(vec v, i64 left) { return left >= LANES ? v : pick(LANE < (int32_t)left, v, (vec){0}); }
 
+/* The sum of a row's values, or of their squares about `about`: four sums side by side, since each waits for its last
+ * addition. */
+static inline __attribute__((always_inline)) float sum_over(i64 width, const float *row, int squared, float about)
+{
+    vec sums[4] = {0};
+    i64 i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES)
+        for (int k = 0; k < 4; k++) {
+            vec v = load(row + i + k * LANES);
+            sums[k] += squared ? (v - about) * (v - about) : v;
+        }
+    for (; i < width; i += LANES) {
+        vec v = load_some(row + i, width - i);
+        sums[0] += keep_some(squared ? (v - about) * (v - about) : v, width - i);
+    }
+    return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 /* residual: or NULL; then the total is x, and is not written. */
+static inline __attribute__((always_inline)) void forward(i64 width, const float *x, const float *residual,
+                                                          const float *weight, const float *bias, float eps,
+                                                          float *total, float *y, float *statistics, int centred)
+{
+    const float *from = x;
+    if (residual) {
+        for (i64 i = 0; i < width; i += LANES)
+            store_some(total + i, load_some(x + i, width - i) + load_some(residual + i, width - i), width - i);
+        from = total;
+    }
+    /* The mean comes before the squares: of what is far from 0 little would be left. */
+    float mean = centred ? sum_over(width, from, 0, 0) / width : 0;
+    float scale = 1 / sqrtf(sum_over(width, from, 1, mean) / width + eps);
+    for (i64 i = 0; i < width; i += LANES) {
+        vec v = (load_some(from + i, width - i) - mean) * scale * load_some(weight + i, width - i);
+        store_some(y + i, centred ? v + load_some(bias + i, width - i) : v, width - i);
+    }
+    statistics[0] = scale;
+    if (centred)
+        statistics[1] = mean;
+}
+
 void norm_forward(i64 rows, i64 width, const float *x, const float *residual, const float *weight, const float *bias,
                   float eps, float *total, float *y, float *statistics, int threads)
 {
-    i64 kept = bias ? 2 : 1;
 #pragma omp parallel for num_threads(threads)
     for (i64 row = 0; row < rows; row++) {
-        const float *from = x + row * width;
-        float *to = y + row * width, mean = 0;
-        vec sum = {0}, squares = {0};
-        if (residual) {
-            float *both = total + row * width;
-            for (i64 i = 0; i < width; i += LANES) {
-                vec v = load_some(from + i, width - i) + load_some(residual + row * width + i, width - i);
-                store_some(both + i, v, width - i);
-                sum += v;
-                squares += v * v;
-            }
-            from = both;
-        } else
-            for (i64 i = 0; i < width; i += LANES) {
-                vec v = load_some(from + i, width - i);
-                sum += v;
-                squares += v * v;
-            }
-        if (bias) { /* what is far from 0 has little left of its squares */
-            mean = sum_of(sum) / width;
-            squares = (vec){0};
-            for (i64 i = 0; i < width; i += LANES) {
-                vec v = keep_some(load_some(from + i, width - i) - mean, width - i);
-                squares += v * v;
-            }
-        }
-        float scale = 1 / sqrtf(sum_of(squares) / width + eps);
-        for (i64 i = 0; i < width; i += LANES) {
-            vec v = (load_some(from + i, width - i) - mean) * scale * load_some(weight + i, width - i);
-            store_some(to + i, bias ? v + load_some(bias + i, width - i) : v, width - i);
-        }
-        statistics[row * kept] = scale;
+        i64 at = row * width;
         if (bias)
-            statistics[row * kept + 1] = mean;
+            forward(width, x + at, residual ? residual + at : NULL, weight, bias, eps, total + at, y + at,
+                    statistics + 2 * row, 1);
+        else
+            forward(width, x + at, residual ? residual + at : NULL, weight, NULL, eps, total + at, y + at,
+                    statistics + row, 0);
     }
 }
 
