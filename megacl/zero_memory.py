@@ -276,7 +276,8 @@ class _Zero:
         }
         if self.on_cpu and self.ranks > 1:
             # The next step begins, and all is gathered, piece by piece: the first one's weights are copied out of it
-            # while gloo has buffers for the next ones. How many varies from run to run: the estimate lies midway.
+            # while gloo has buffers for the next ones. Where a piece is one large weight, how many varies from run to
+            # run by what it takes: the estimate lies midway.
             pieces = sorted(self._pieces(), reverse=True)
             copies = self.bytes * sum(sum(pieces[:copies]) for copies in _GLOO_COPIES) // len(_GLOO_COPIES)
             endings["gathering"] = Gradients(self.kept, buffer + live + copies)

@@ -24,7 +24,9 @@ torch.library.define("megacl::c_gelu_backward", "(Tensor dy, Tensor x, Tensor bi
 
 @torch.library.impl("megacl::c_gelu", "CPU")
 def _gelu(x_NF: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
-    """x and bias contiguous, in fp32."""
+    """x and bias contiguous, in fp32. ValueError where the bias is of another width."""
+    if bias_F.shape != x_NF.shape[1:]:
+        raise ValueError(f"a product of shape {[*x_NF.shape]} has no bias of {[*bias_F.shape]}")
     y_NF = torch.empty_like(x_NF)
     sizes = (ctypes.c_int64(size) for size in x_NF.shape)
     c_library.load().gelu_forward(*sizes, *c_library.pointers(x_NF, bias_F, y_NF), tanh, torch.get_num_threads())

@@ -30,7 +30,8 @@ torch.library.define(
 
 @torch.library.impl("megacl::c_norm", "CPU")
 def _norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(y, statistics [rows, 2], 1 / deviation and mean, or [rows, 1] of an RMSNorm, which has no bias)."""
+    """x [..., D] -> (y [..., D], statistics [rows, 2], 1 / deviation and mean, or [rows, 1] of an RMSNorm, which has no
+    bias), all in fp32. ValueError where shapes do not fit."""
     y, _, statistics = _run_forward(x, None, weight_D, bias_D, eps)
     return y, statistics
 
@@ -39,7 +40,7 @@ def _norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> tup
 def _add_norm(
     x: Tensor, residual: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, total, statistics)."""
+    """(y, total, statistics), as `_norm`."""
     return _run_forward(x, residual, weight_D, bias_D, eps)
 
 
@@ -49,8 +50,10 @@ def _run_forward(
     x, weight_D = x.contiguous(), weight_D.contiguous()
     residual = None if residual is None else residual.contiguous()
     bias_D = None if bias_D is None else bias_D.contiguous()
-    y, statistics = _norm_shapes(x, weight_D, bias_D, eps)
-    total = x if residual is None else torch.empty_like(x)
+    if residual is None:
+        total, (y, statistics) = x, _norm_shapes(x, weight_D, bias_D, eps)
+    else:
+        y, total, statistics = _add_norm_shapes(x, residual, weight_D, bias_D, eps)
     c_library.load().norm_forward(
         *_sizes(x),
         *c_library.pointers(x, residual, weight_D, bias_D),
@@ -63,14 +66,18 @@ def _run_forward(
 
 @torch.library.register_fake("megacl::c_norm")  # type: ignore[untyped-decorator]
 def _norm_shapes(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty(x.shape), x.new_empty(rows, 1 if bias_D is None else 2)
+    for parameter in (weight_D, bias_D):
+        if parameter is not None and parameter.shape != x.shape[-1:]:
+            raise ValueError(f"a norm of x of shape {[*x.shape]} has no weight or bias of {[*parameter.shape]}")
+    return x.new_empty(x.shape), x.new_empty(_rows(x), 1 if bias_D is None else 2)
 
 
 @torch.library.register_fake("megacl::c_add_norm")  # type: ignore[untyped-decorator]
 def _add_norm_shapes(
     x: Tensor, residual: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if residual.shape != x.shape:
+        raise ValueError(f"x of shape {[*x.shape]} has no residual of {[*residual.shape]}")
     y, statistics = _norm_shapes(x, weight_D, bias_D, eps)
     return y, x.new_empty(x.shape), statistics
 
@@ -79,7 +86,7 @@ def _add_norm_shapes(
 def _norm_backward(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight_D: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(the gradient of x, which is that of the residual, and [1 or 2, D], those of weight and bias)."""
+    """(the gradient of x, which is that of the residual, and [1 or 2, D], those of weight and bias), in fp32."""
     dy, total, weight_D = dy.contiguous(), total.contiguous(), weight_D.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
     statistics = statistics.contiguous()
@@ -104,14 +111,19 @@ def _norm_backward_shapes(
     return dy.new_empty(dy.shape), dy.new_empty(statistics.shape[1], dy.shape[-1])
 
 
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[-1])
+
+
 def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
     """Rows, and their width."""
-    return ctypes.c_int64(x.numel() // x.shape[-1]), ctypes.c_int64(x.shape[-1])
+    return ctypes.c_int64(_rows(x)), ctypes.c_int64(x.shape[-1])
 
 
 def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight_D, _, _ = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight_D, output[1])
 
 
@@ -124,6 +136,7 @@ def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, _, weight_D, _, _ = inputs
     _, total, statistics = output
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(statistics)
     ctx.save_for_backward(total, weight_D, statistics)
 
 

@@ -15,7 +15,7 @@ torch.library.define("megacl::c_swiglu_backward", "(Tensor dy, Tensor gate_up) -
 
 @torch.library.impl("megacl::c_swiglu", "CPU")
 def _swiglu(gate_up: Tensor) -> Tensor:
-    """gate_up [..., 2 F] -> [..., F], in fp32."""
+    """gate_up [..., 2 F] -> [..., F], in fp32. ValueError where the last size is odd."""
     gate_up = gate_up.contiguous()
     y: Tensor = _swiglu_shape(gate_up)
     c_library.load().swiglu_forward(*_sizes(y), *c_library.pointers(gate_up, y), torch.get_num_threads())
@@ -24,11 +24,14 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 @torch.library.register_fake("megacl::c_swiglu")  # type: ignore[untyped-decorator]
 def _swiglu_shape(gate_up: Tensor) -> Tensor:
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate and up are the halves of the last dimension, and of {[*gate_up.shape]} it is odd")
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
 @torch.library.impl("megacl::c_swiglu_backward", "CPU")
 def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """dy [..., F] and gate_up [..., 2 F] -> its gradient, in fp32."""
     dy, gate_up = dy.contiguous(), gate_up.contiguous()
     dgate_up: Tensor = _swiglu_backward_shape(dy, gate_up)
     tensors = c_library.pointers(dy, gate_up, dgate_up)

@@ -1,9 +1,9 @@
 """Ops that write their gradients out, where PyTorch's own differentiation takes more passes or keeps more for backward.
 
-For a CPU, where each pass is a call of its own. tools/bench/kernels.py prints what each keeps and how long it takes
-beside the reference. 2026-11-24, one thread of a shared 2-core machine with AVX-512, 4096 tokens, both passes: RMSNorm
-of 384 with a residual 4.7 ms (PyTorch's 9.1) and 6 MiB kept (12); SwiGLU to 1024 takes as long as the reference, 20 ms,
-and keeps 32 MiB (48). Any floating dtype; the norm computes in fp32 or wider.
+For a CPU without a C compiler, or in 16 bits; each pass is a call of its own there. tools/bench/kernels.py prints what
+each keeps and how long it takes beside the reference. 2026-11-24, one thread of a shared 2-core machine with AVX-512,
+4096 tokens, both passes: RMSNorm of 384 with a residual 4.7 ms (PyTorch's 9.1) and 6 MiB kept (12); SwiGLU to 1024
+takes as long as the reference, 20 ms, and keeps 32 MiB (48). Any floating dtype; the norm computes in fp32 or wider.
 """
 
 from typing import Any

@@ -174,6 +174,30 @@ def test_swiglu_of_what_is_not_finite_is_what_its_definition_says(value):
     torch.testing.assert_close(swiglu["c"](gate_up), swiglu["reference"](gate_up), equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_norms_of_another_width_are_pytorchs(name):
+    parameters = [drawn(6, dtype=torch.float64, seed=seed) for seed in range(1 if name == "rms_norm" else 2)]
+    x, norm = drawn(3, 6, dtype=torch.float64, seed=2), kernels.FORMS[name]
+    torch.testing.assert_close(norm["c"](x, *parameters, 1e-5, x), norm["reference"](x, *parameters, 1e-5, x))
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [
+        ("c_norm", [(2, 5), (4,), None]),
+        ("c_norm", [(2, 5), (5,), (0,)]),
+        ("c_add_norm", [(2, 5), (5,), (5,), (5,)]),
+        ("c_gelu", [(2, 5), (4,)]),
+        ("c_swiglu", [(2, 5)]),
+    ],
+)
+def test_tensors_that_do_not_fit_one_another_are_refused_and_not_read(op, shapes):
+    tensors = [None if shape is None else torch.zeros(shape) for shape in shapes]
+    rest = {"c_gelu": [False], "c_swiglu": []}.get(op, [1e-5])
+    with pytest.raises(ValueError, match=r"\[2, 5\]"):
+        getattr(torch.ops.megacl, op)(*tensors, *rest)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gelu_of_products_of_another_width_is_pytorchs(dtype):
     x, weight, bias = drawn(3, 4), drawn(6, 4, seed=1), drawn(6, seed=2)
@@ -189,11 +213,11 @@ def of_all_kernels(threads: int) -> list[torch.Tensor]:
     try:
         qkv = drawn(3, 90, 6, 16)
         mixed = ATTENTION["c"](qkv, *tables(90, 4), None, 1, 0.25)
-        x, bias = drawn(300, 20, seed=1), drawn(20, seed=2)
+        x, bias = drawn(1000, 3000, seed=1), drawn(3000, seed=2)  # whose sums PyTorch shares out
         y = torch.ops.megacl.c_gelu(x, bias, False)
         gate_up = drawn(300, 70, seed=4)
         gated = torch.ops.megacl.c_swiglu(gate_up)
-        total, weight, norm_bias = drawn(300, 20, seed=5), drawn(20, seed=6), drawn(20, seed=7)
+        total, weight, norm_bias = drawn(1000, 3000, seed=5), drawn(3000, seed=6), drawn(3000, seed=7)
         normed = torch.ops.megacl.c_norm(total, weight, norm_bias, 1e-5)[0]
         slopes = drawn(300, 70, seed=3).detach()
         nats = torch.ops.megacl.c_cross_entropy(slopes, torch.arange(300) % 70, 0.1, 1.0, True)
@@ -428,6 +452,8 @@ def test_the_first_call_does_not_wait_for_pytorchs_compiler():
         "FORMS['linear_gelu']['c'](y, torch.ones(3, 4)).sum().backward()\n"
         "targets = torch.zeros(2, dtype=torch.int64)\n"
         "FORMS['linear_cross_entropy']['c'](y, torch.ones(3, 4), targets, chunk=2, z_loss=0.0)[0].backward()\n"
+        "FORMS['swiglu']['c'](y).sum().backward()\n"
+        "FORMS['layer_norm']['c'](y, torch.ones(4), torch.ones(4), 1e-5, y)[0].sum().backward()\n"
         "sys.exit('torch._dynamo' in sys.modules)\n"
     )
     assert status_of(code) == 0

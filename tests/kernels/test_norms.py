@@ -47,7 +47,7 @@ def check(
 @pytest.mark.parametrize("with_residual", [False, True])
 @NORMS
 def test_results_and_gradients_are_the_definitions(name, form, with_residual, dtype):
-    for shape in [(3,), (1, 3), (17, 64), (2, 5, 100), (33, 128)]:
+    for shape in [(3,), (1, 3), (17, 64), (2, 5, 100), (33, 128), (130, 20)]:
         x = on_grid(*shape, dtype=dtype, seed=3)
         residual = on_grid(*shape, dtype=dtype, seed=4) if with_residual else None
         check(name, form, x, residual, weights(name, shape[-1], dtype))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from twins import DEVICE, TRITON
+from twins import DEVICE, TRITON, param
 
 from megacl.kernels import FORMS, IGNORED, REFERENCE, choose_kernels
 from megacl.model.config import ModelConfig
@@ -41,7 +41,7 @@ def chosen(form: str):
     return choose_kernels(device=DEVICE, half=False, compiled=False, overrides=overrides)
 
 
-@pytest.mark.parametrize("form", ["lean", "torch", pytest.param("triton", marks=TRITON)])
+@pytest.mark.parametrize("form", [param(form=form) for form in ("lean", "torch", "c", "triton")])
 @pytest.mark.parametrize("config", [NEOX, LLAMA, OTHERS], ids=["gpt_neox", "llama", "what others train"])
 def test_it_learns_the_same_from_a_batch_in_fp32(config, form):
     found, expected = loss_and_gradients(config, chosen(form)), loss_and_gradients(config, REFERENCE)

@@ -30,13 +30,13 @@ static inline __attribute__((always_inline)) float exponentials(const float *x, 
     i64 i = 0;
     for (; i + AT_A_TIME * LANES <= width; i += AT_A_TIME * LANES)
         for (int k = 0; k < AT_A_TIME; k++) {
-            vec y = vanishing_exp2_of((load(x + i + k * LANES) - highest) * LOG2_E);
+            vec y = exp2_of((load(x + i + k * LANES) - highest) * LOG2_E);
             sums[k] += y;
             if (to)
                 store(to + i + k * LANES, y);
         }
     for (; i < width; i += LANES) {
-        vec y = vanishing_exp2_of((load_some(x + i, width - i) - highest) * LOG2_E);
+        vec y = exp2_of((load_some(x + i, width - i) - highest) * LOG2_E);
         if (width - i < LANES)
             y = pick(LANE < (int32_t)(width - i), y, (vec){0});
         sums[0] += y;

@@ -19,7 +19,7 @@ static inline point by_erf(vec z)
     tail = tail * t + 0.7107068705f;
     tail = tail * t - 0.1422483680f;
     tail = tail * t + 0.1274147960f;
-    vec density = vanishing_exp2_of(z * z * (-0.5f * LOG2_E));
+    vec density = exp2_of(z * z * (-0.5f * LOG2_E));
     tail *= t * density;
     vec below = pick(z < 0.0f, tail, 1.0f - tail);
     return (point){z * below, below + z * density * 0.3989422804f}; /* 1 / sqrt(2 pi) */
@@ -30,7 +30,7 @@ static inline point by_tanh(vec z)
 {
     vec cut = pick(z > 32.0f, all(32.0f), pick(z < -32.0f, all(-32.0f), z));
     vec v = 0.7978845608f * (cut + 0.044715f * cut * cut * cut);
-    vec low = vanishing_exp2_of(pick(v < 0.0f, v, -v) * (2 * LOG2_E)), one = 1.0f / (1.0f + low);
+    vec low = exp2_of(pick(v < 0.0f, v, -v) * (2 * LOG2_E)), one = 1.0f / (1.0f + low);
     vec s = pick(v < 0.0f, low * one, one), rest = pick(v < 0.0f, one, low * one);
     return (point){z * s, s + cut * s * rest * (2 * 0.7978845608f) * (1.0f + 3 * 0.044715f * cut * cut)};
 }

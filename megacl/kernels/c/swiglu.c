@@ -11,7 +11,7 @@ typedef struct {
 /* Both 1 / (1 + exp(-|g|)) and what is left of 1 are free of cancellation, whichever is s. */
 static inline point silu(vec g)
 {
-    vec low = vanishing_exp2_of(pick(g < 0.0f, g, -g) * LOG2_E), one = 1.0f / (1.0f + low);
+    vec low = exp2_of(pick(g < 0.0f, g, -g) * LOG2_E), one = 1.0f / (1.0f + low);
     vec s = pick(g < 0.0f, low * one, one), rest = pick(g < 0.0f, one, low * one);
     return (point){g * s, s + g * s * rest};
 }

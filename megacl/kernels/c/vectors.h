@@ -79,12 +79,11 @@ static inline float max_of(vec v)
     return lanes[0];
 }
 
-/* 2^x for x < 0.5: 2^n by the exponent's bits, times the Taylor series of 2^f for |f| <= 1/2, whose rest is below 1e-8;
- * never less than 2^-100, since a product of less and a small factor is subnormal, which takes a hundred times as long.
- * Of any other x it is some number; of what is not a number, that. */
+/* 2^x for x < 0.5: 2^n by the exponent's bits, times the Taylor series of 2^f for |f| <= 1/2, whose rest is below 1e-8.
+ * Below 2^-64 it is 0: nothing in a sum with 1, nothing times a huge z, and never subnormal times a small factor, which
+ * takes a processor a hundred times as long. Of x >= 0.5 it is some number; of what is not a number, that. */
 static inline vec exp2_of(vec x)
 {
-    x = pick(x < -100.0f, all(-100.0f), x);
     ivec n = __builtin_convertvector(x - 0.5f, ivec); /* cut off towards 0: the nearest whole number where x < 0.5 */
     vec f = x - __builtin_convertvector(n, vec);
     vec y = all(1.5252733804059840e-5f); /* ln(2)^k / k!, k = 7, 6, ... 0 */
@@ -95,11 +94,8 @@ static inline vec exp2_of(vec x)
     y = y * f + 2.4022650695910071e-1f;
     y = y * f + 6.9314718055994531e-1f;
     y = y * f + 1.0f;
-    return (vec)((ivec)y + (n << 23));
+    return pick(x < -64.0f, (vec){0}, (vec)((ivec)y + (n << 23)));
 }
-
-/* exp2_of, and 0 below 2^-100, so that times a huge z it is nothing. */
-static inline vec vanishing_exp2_of(vec x) { return pick(x < -100.0f, (vec){0}, exp2_of(x)); }
 
 typedef float four __attribute__((vector_size(16)));
 typedef int32_t four_places __attribute__((vector_size(16)));
