@@ -279,7 +279,7 @@ class _Zero:
             # while gloo has buffers for the next ones. Where a piece is one large weight, how many varies from run to
             # run by what it takes: the estimate lies midway.
             pieces = sorted(self._pieces(), reverse=True)
-            copies = self.bytes * sum(sum(pieces[:copies]) for copies in _GLOO_COPIES) // len(_GLOO_COPIES)
+            copies = self.bytes * sum(sum(pieces[:count]) for count in _GLOO_COPIES) // len(_GLOO_COPIES)
             endings["gathering"] = Gradients(self.kept, buffer + live + copies)
         return Held(
             parameters=-(-self.whole // self.ranks),

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megacl.config import EngineConfig
+from megacl.engine.arithmetic import device_here
 from megacl.engine.loss_scale import LossScale
 from megacl.engine.monitors import Slice
 from megacl.errors import LaunchError
@@ -115,7 +116,7 @@ def initialize(
         "stage": config.zero_stage,
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
-        "stage3_prefetch_bucket_size": PREFETCH["cuda" if torch.cuda.is_available() else "cpu"],
+        "stage3_prefetch_bucket_size": PREFETCH[device_here()],
     }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -268,12 +268,10 @@ def _fastest(op: str, *, device: str, half: bool, compiled: bool) -> tuple[str, 
             return "reference", "the compiler fuses it"
         case _ if triton:
             return "triton", "one pass over memory"
-        case "rms_norm" | "layer_norm" if _missing("c", device=device, half=half) is None:
-            return "c", "one pass, and one back, with the sum before it"
+        case "rms_norm" | "layer_norm" | "swiglu" if _missing("c", device=device, half=half) is None:
+            return "c", "one pass over memory, and one back"
         case "rms_norm" if device == "cpu":
             return "lean", "half the time and half the memory of PyTorch's"
-        case "swiglu" if _missing("c", device=device, half=half) is None:
-            return "c", "one pass, and one back, and keeps gate and up alone"
         case "swiglu":
             return "lean", "keeps gate and up alone"
         case "rms_norm" | "layer_norm":

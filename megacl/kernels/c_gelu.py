@@ -28,7 +28,7 @@ def _gelu(x_NF: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
     if bias_F.shape != x_NF.shape[1:]:
         raise ValueError(f"a product of shape {[*x_NF.shape]} has no bias of {[*bias_F.shape]}")
     y_NF = torch.empty_like(x_NF)
-    sizes = (ctypes.c_int64(size) for size in x_NF.shape)
+    sizes = c_library.rows_and_width(x_NF)
     c_library.load().gelu_forward(*sizes, *c_library.pointers(x_NF, bias_F, y_NF), tanh, torch.get_num_threads())
     return y_NF
 
@@ -42,7 +42,7 @@ def _gelu_shape(x_NF: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
 def _gelu_backward(dy_NF: Tensor, x_NF: Tensor, bias_F: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     dx_NF = torch.empty_like(x_NF)
     sums = x_NF.new_zeros(-(-x_NF.shape[0] // _ROWS), x_NF.shape[1])
-    sizes = (ctypes.c_int64(size) for size in x_NF.shape)
+    sizes = c_library.rows_and_width(x_NF)
     dy_NF = dy_NF.contiguous()
     tensors = c_library.pointers(x_NF, bias_F, dy_NF, dx_NF, sums)
     c_library.load().gelu_backward(*sizes, *tensors, ctypes.c_int64(_ROWS), tanh, torch.get_num_threads())

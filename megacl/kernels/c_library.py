@@ -66,6 +66,12 @@ def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
 
 
+def rows_and_width(x: torch.Tensor) -> list[ctypes.c_int64]:
+    """How many rows of its last dimension x has, and how wide they are, as a function of the library takes them."""
+    width = x.shape[-1]
+    return [ctypes.c_int64(x.numel() // max(1, width)), ctypes.c_int64(width)]
+
+
 def _build(compiler: list[str], built: Path) -> None:
     built.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:

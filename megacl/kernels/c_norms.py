@@ -55,7 +55,7 @@ def _run_forward(
     else:
         y, total, statistics = _add_norm_shapes(x, residual, weight_D, bias_D, eps)
     c_library.load().norm_forward(
-        *_sizes(x),
+        *c_library.rows_and_width(x),
         *c_library.pointers(x, residual, weight_D, bias_D),
         ctypes.c_float(eps),
         *c_library.pointers(total, y, statistics),
@@ -69,7 +69,8 @@ def _norm_shapes(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float)
     for parameter in (weight_D, bias_D):
         if parameter is not None and parameter.shape != x.shape[-1:]:
             raise ValueError(f"a norm of x of shape {[*x.shape]} has no weight or bias of {[*parameter.shape]}")
-    return x.new_empty(x.shape), x.new_empty(_rows(x), 1 if bias_D is None else 2)
+    rows = x.numel() // max(1, x.shape[-1])
+    return x.new_empty(x.shape), x.new_empty(rows, 1 if bias_D is None else 2)
 
 
 @torch.library.register_fake("megacl::c_add_norm")  # type: ignore[untyped-decorator]
@@ -94,7 +95,7 @@ def _norm_backward(
     dx = torch.empty_like(dy)
     sums = dy.new_zeros(-(-rows // _ROWS), kept, dy.shape[-1])
     c_library.load().norm_backward(
-        *_sizes(dy),
+        *c_library.rows_and_width(dy),
         *c_library.pointers(dy, dtotal, total, weight_D, statistics),
         kept == 2,
         *c_library.pointers(dx, sums),
@@ -109,15 +110,6 @@ def _norm_backward_shapes(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight_D: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor]:
     return dy.new_empty(dy.shape), dy.new_empty(statistics.shape[1], dy.shape[-1])
-
-
-def _rows(x: Tensor) -> int:
-    return x.numel() // max(1, x.shape[-1])
-
-
-def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
-    """Rows, and their width."""
-    return ctypes.c_int64(_rows(x)), ctypes.c_int64(x.shape[-1])
 
 
 def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

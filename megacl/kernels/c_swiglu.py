@@ -1,6 +1,5 @@
 """SwiGLU by swiglu.c: a CPU's, in fp32. It keeps gate_up alone, and computes silu(gate) again for its gradient."""
 
-import ctypes
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [..., 2 F] -> [..., F], in fp32. ValueError where the last size is odd."""
     gate_up = gate_up.contiguous()
     y: Tensor = _swiglu_shape(gate_up)
-    c_library.load().swiglu_forward(*_sizes(y), *c_library.pointers(gate_up, y), torch.get_num_threads())
+    tensors = c_library.pointers(gate_up, y)
+    c_library.load().swiglu_forward(*c_library.rows_and_width(y), *tensors, torch.get_num_threads())
     return y
 
 
@@ -35,19 +35,13 @@ def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     dy, gate_up = dy.contiguous(), gate_up.contiguous()
     dgate_up: Tensor = _swiglu_backward_shape(dy, gate_up)
     tensors = c_library.pointers(dy, gate_up, dgate_up)
-    c_library.load().swiglu_backward(*_sizes(dy), *tensors, torch.get_num_threads())
+    c_library.load().swiglu_backward(*c_library.rows_and_width(dy), *tensors, torch.get_num_threads())
     return dgate_up
 
 
 @torch.library.register_fake("megacl::c_swiglu_backward")  # type: ignore[untyped-decorator]
 def _swiglu_backward_shape(dy: Tensor, gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
-
-
-def _sizes(y: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
-    """Rows, and their width."""
-    width = y.shape[-1]
-    return ctypes.c_int64(y.numel() // max(1, width)), ctypes.c_int64(width)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -161,9 +161,7 @@ static float exponentials(float *row, i64 seen, i64 read, float *top)
     }
     *top = max_of(highest);
     for (i64 j = 0; j < read; j += LANES) {
-        vec x = exp2_of(load(row + j) - *top);
-        if (j + LANES > seen)
-            x = pick(LANE < (int32_t)(seen - j), x, (vec){0});
+        vec x = keep_some(exp2_of(load(row + j) - *top), seen - j);
         sum += x;
         store(row + j, x);
     }

@@ -36,9 +36,7 @@ static inline __attribute__((always_inline)) float exponentials(const float *x, 
                 store(to + i + k * LANES, y);
         }
     for (; i < width; i += LANES) {
-        vec y = exp2_of((load_some(x + i, width - i) - highest) * LOG2_E);
-        if (width - i < LANES)
-            y = pick(LANE < (int32_t)(width - i), y, (vec){0});
+        vec y = keep_some(exp2_of((load_some(x + i, width - i) - highest) * LOG2_E), width - i);
         sums[0] += y;
         if (to)
             store_some(to + i, y, width - i);

@@ -5,9 +5,6 @@
  */
 #include "vectors.h"
 
-/* Zeros behind the values that are left. */
-static inline vec keep_some(vec v, i64 left) { return left >= LANES ? v : pick(LANE < (int32_t)left, v, (vec){0}); }
-
 /* The sum of a row's values, or of their squares about `about`: four sums side by side, since each waits for its last
  * addition. */
 static inline __attribute__((always_inline)) float sum_over(i64 width, const float *row, int squared, float about)

@@ -55,6 +55,9 @@ static inline vec all(float x) { return x - (vec){0}; }
 
 static inline vec pick(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 
+/* As many of v's values as there are, and zeros behind them. */
+static inline vec keep_some(vec v, i64 count) { return count >= LANES ? v : pick(LANE < (int32_t)count, v, (vec){0}); }
+
 static inline float sum_of(vec v)
 {
     half_vec halves[2];
