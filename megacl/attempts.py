@@ -32,6 +32,7 @@ Result = Literal[
     "hung",
     "no_rendezvous",
     "unhealthy",
+    "unreachable",
     "fenced",
     "failed",
 ]

@@ -45,6 +45,7 @@ from megacl.errors import (
     RendezvousError,
     StoppedError,
     UnhealthyError,
+    UnreachableError,
 )
 from megacl.holders import job_here, node_here
 from megacl.parallel.alive import SignsOfLife
@@ -58,6 +59,7 @@ _KINDS: tuple[tuple[type[BaseException], Result], ...] = (
     (FencedError, "fenced"),
     (UnhealthyError, "unhealthy"),
     (RendezvousError, "no_rendezvous"),
+    (UnreachableError, "unreachable"),
     (DivergedError, "diverged"),
     (StoppedError, "stopped"),
     (ToldToStop, "stopped"),

@@ -34,6 +34,12 @@ class DataError(MegaclError):
     """An input file, a tokenizer or a data folder is missing, damaged, or not the one that is expected."""
 
 
+class UnreachableError(DataError):
+    """A store or file system did not give its data in the time that it has: not wrong input, and it may come back."""
+
+    exit_status = 1
+
+
 class CheckpointError(MegaclError):
     """A checkpoint or run directory is missing, damaged, or belongs to another run."""
 

@@ -23,7 +23,7 @@ from megacl.attempts import (
 from megacl.slurm.restarts import Decision, Ended, decide
 
 STATUS = {"done": 0, "stopped": 75, "wrong_input": 2, "fenced": 2, "unhealthy": 2, "no_rendezvous": 2, "hung": 76}
-FAILURES = ["lost_rank", "hung", "no_rendezvous", "unhealthy", "failed"]
+FAILURES = ["lost_rank", "hung", "no_rendezvous", "unhealthy", "unreachable", "failed"]
 
 
 def outcome(
@@ -67,6 +67,16 @@ def test_the_same_failure_at_the_same_step_twice_ends_the_job_and_says_why() -> 
     assert str(next_of((10, first), (10, other), saved=10)) == "again 60"
     lost = outcome("lost_rank", None, "the job was ended from outside, or lost a node")
     assert str(next_of((10, lost), (10, lost), saved=10)) == "again 60"
+
+
+def test_a_store_that_gives_nothing_is_tried_again_as_often_as_there_are_restarts() -> None:
+    gone = outcome("unreachable", 17, "reading source 'web': the store cannot be read, tried for 120 s")
+    attempts: list[tuple[int, Outcome]] = []
+    decisions = []
+    for _ in range(4):
+        attempts.append((17, gone))
+        decisions.append(str(next_of(*attempts, saved=17, max_restarts=3)))
+    assert decisions == ["again 30", "again 60", "again 120", "end 1"]
 
 
 def test_a_node_that_is_unhealthy_or_lost_ranks_twice_is_left_out() -> None:

@@ -18,9 +18,10 @@ and hash, and published by rename. Where the files would exceed `size`, the leas
 process has open before those that one has. A process keeps at most OPEN_FETCHED shards of stores open; one that was
 deleted meanwhile takes up disk until then.
 
-What fails for a while (no connection, a server that answers 5xx or not at all) is tried again for `patience` seconds;
-what will not get better (refused keys, a missing object, a shard of another size or hash) ends in a DataError at once.
-Inside `wanted_until(told)` all this is broken off by a StoppedError soon after told() has become true.
+What fails for a while (no connection, a server that answers 5xx or not at all) is tried again for `patience` seconds
+and ends in an UnreachableError; what will not get better (refused keys, a missing object, a shard of another size or
+hash) in a DataError at once. Inside `wanted_until(told)` all this is broken off by a StoppedError soon after told() has
+become true.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from megacl.data.shard_list import ShardRow
-from megacl.errors import ConfigError, DataError, StoppedError
+from megacl.errors import ConfigError, DataError, StoppedError, UnreachableError
 from megacl.publish import disk_errors, publish_bytes
 
 OPEN_FETCHED = 64
@@ -356,7 +357,7 @@ class RemoteFolder:
                 if _REFUSED.search(reason) or error.errno in (errno.EACCES, errno.EPERM):
                     raise DataError(f"{where}: {self._what} refuses access ({reason}). {self._access}") from None
                 if time.monotonic() + delay > end:
-                    raise DataError(
+                    raise UnreachableError(
                         f"{where}: {self._what} cannot be read, tried for {self.cache.patience:g} s ({reason}). Run "
                         "the same command again once it can, or raise cache.patience."
                     ) from None

@@ -21,7 +21,7 @@ from megacl.data.replay import Kept, Recut, is_replayed, replay_key, replayed_be
 from megacl.data.sequences import AnySequences, build_sequences
 from megacl.data.source import Source, open_source
 from megacl.data.store import ShardCache
-from megacl.errors import DataError
+from megacl.errors import DataError, UnreachableError
 from megacl.lineage import Lineage, MixturePiece, PhaseRecord, Ranges, SourceRecord
 
 OpenSource = Callable[[SourceRecord], Source]
@@ -37,6 +37,8 @@ def open_recorded(record: SourceRecord, known: Iterable[Source] = (), cache: Sha
             return source
     try:
         source = open_source(record.path, record.generation, record.since, cache)
+    except UnreachableError:
+        raise
     except DataError as error:
         raise DataError(
             f"the model's history reads source {record.name!r}, fingerprint {record.fingerprint[:12]}, which is gone: "
@@ -57,7 +59,7 @@ def _reading(source: Source) -> Iterator[None]:
         yield
     except DataError as error:
         name = f"source {source.name!r}, fingerprint {source.fingerprint[:12]}"
-        raise DataError(f"reading {name}: {error}") from None
+        raise type(error)(f"reading {name}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------- its samples

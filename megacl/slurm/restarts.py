@@ -95,8 +95,9 @@ def _without_progress(attempts: Sequence[Ended], saved: int) -> Sequence[Ended]:
 
 
 def _same(one: Outcome, other: Outcome) -> bool:
-    """Whether two failures are one and the same: a program's, which will come again. Networks and nodes may recover."""
-    if one.outcome != other.outcome or one.outcome in ("unhealthy", "no_rendezvous"):
+    """Whether two failures are one and the same: a program's, which will come again. Networks, nodes and stores may
+    recover."""
+    if one.outcome != other.outcome or one.outcome in ("unhealthy", "no_rendezvous", "unreachable"):
         return False
     return one.step is not None and one.step == other.step and _normalised(one) == _normalised(other)
 

@@ -34,6 +34,7 @@ _WORDS: dict[str, str] = {
     "hung": "nothing moved on any more",
     "no_rendezvous": "its ranks did not meet",
     "unhealthy": "a node failed the check before the first step",
+    "unreachable": "its data could not be reached",
     "fenced": "a later start has taken the run",
     "failed": "it failed",
 }

@@ -20,6 +20,7 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 from runs import WEIGHTS, losses
 
+from megacl.attempts import read_outcome
 from megacl.checkpoint import find_checkpoint, open_checkpoint
 from megacl.configfile import from_tree
 from megacl.data.loader import Loader
@@ -30,7 +31,7 @@ from megacl.data.source import Source, _open_fetched, open_source
 from megacl.data.store import ShardCache
 from megacl.data.stream import PhaseStream
 from megacl.data.tokenizer import load_tokenizer
-from megacl.errors import ConfigError, DataError
+from megacl.errors import ConfigError, DataError, UnreachableError
 from megacl.evaluate import open_named, sources_of
 from megacl.lineage import Lineage, load_lineage
 from megacl.plan import plan_text
@@ -364,7 +365,8 @@ def test_a_server_that_stays_away_ends_in_one_line_after_the_stated_time(store: 
     store.shutdown()
     store.server_close()
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"train-00000.arrow: the store cannot be read, tried for 0.5 s .*same command"):
+    said = r"train-00000.arrow: the store cannot be read, tried for 0.5 s .*same command"
+    with pytest.raises(UnreachableError, match=said):
         remote.train.read(0, 1)
     assert time.monotonic() - began < 10
 
@@ -506,10 +508,13 @@ def test_a_run_whose_store_stays_away_saves_its_last_step_before_it_ends(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = tree_whose_server_dies(Server(), prepared, tmp_path, monkeypatch, patience=0.5)
-    with pytest.raises(DataError, match="the store cannot be read"):
+    with pytest.raises(UnreachableError, match=r"reading source 'english'.*the store cannot be read"):
         train(from_tree(tree))
     made, saved = steps_made_and_saved(tmp_path / "run")
     assert made == saved >= 3
+    left = read_outcome(tmp_path / "run")
+    assert left is not None
+    assert (left.outcome, left.exit_status, left.step) == ("unreachable", 1, saved)
 
 
 def test_a_run_that_cannot_reach_its_store_hears_a_signal_before_it_begins(
