@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -106,27 +106,25 @@ def status(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run directories; a chain's or a study's folder.")
     ],
-    json_output: Annotated[bool, typer.Option("--json", help="Print a JSON list, an object a run.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print a JSON list, an object a run or chain.")] = False,
 ) -> None:
     """What runs are doing: step, loss, speed, restarts, time left, and why one waits or how it ended."""
     import json
 
     from megacl.log import without_nan
-    from megacl.slurm.chain_status import chain_lines, is_chain
+    from megacl.slurm.chain_status import chain_lines, chain_tree, is_chain
     from megacl.slurm.status import read_status, status_text
 
-    for chain in [run for run in runs if is_chain(run)]:
-        if json_output:
-            raise ConfigError(
-                f"{chain} is a chain's folder, whose state has no JSON; name its runs, or leave out --json."
-            )
-        print("\n".join(chain_lines(chain)))
-    found = [read_status(run) for run in runs if not is_chain(run)]
-    if json_output:
-        print(json.dumps(without_nan([each.tree() for each in found]), indent=1))
-        return
-    for each in found:
-        print("\n".join(status_text(each)))
+    trees, lines = list[dict[str, Any]](), list[str]()
+    for run in runs:
+        if is_chain(run):
+            trees.append(chain := chain_tree(run))
+            lines += chain_lines(chain)
+        else:
+            found = read_status(run)
+            trees.append(found.tree())
+            lines += status_text(found)
+    print(json.dumps(without_nan(trees), indent=1) if json_output else "\n".join(lines))
 
 
 def cancel(

@@ -150,6 +150,17 @@ def test_status_and_cancel_of_a_chain_are_those_of_all_its_jobs(
     assert rows["quality.english"].endswith("chain/logs/103.log")
     assert "SLURM has forgotten how" in rows["quality.german"]
     assert "pending: it waits for other jobs" in rows["page"]
+    status, out, _ = command_line(capsys, "status", "chain", "--json")
+    assert status == 0
+    (found,) = json.loads(out)
+    assert found["folder"] == "chain"
+    jobs = {job["name"]: job for job in found["jobs"]}
+    states = {job["job"]: job["states"] for job in jobs.values()}
+    pending = {"pending": 1}
+    assert states == {"101": {"completed": 1}, "102": pending, "103": {"failed": 1}, "104": {}, "105": pending}
+    assert jobs["model.german"]["why"] == "jobs of a higher priority are before it"
+    assert jobs["quality.english"]["log"].endswith("chain/logs/103.log")
+    assert jobs["model.english"]["why"] is None
     status, out, _ = command_line(capsys, "cancel", "chain")
     assert status == 0
     assert out.splitlines() == ["page: job 105 is cancelled", "model.german: job 102 is cancelled"]

@@ -18,19 +18,37 @@ def is_chain(folder: Path) -> bool:
     return (folder / "chain.json").is_file()
 
 
-def chain_lines(folder: Path) -> Iterator[str]:
-    """A table of the jobs: SLURM's number and how each stands, the log of one that failed.
+def chain_tree(folder: Path) -> dict[str, Any]:
+    """For JSON: the folder, and of each job its name, SLURM's number, the states of its tasks and how many are in each,
+    why one waits, its log, and the run that it is of. Of one that was done before, or that SLURM has forgotten, there
+    are no states.
 
     Raises DataError where chain.json cannot be read, LaunchError where SLURM cannot be asked.
     """
     jobs, known = _jobs(folder)
-    rows = []
+    told = []
     for name, job in jobs.items():
-        state = "done before" if job["job_id"] is None else _state(known.get(job["job_id"], []), job["log"])
-        rows.append([name, job["job_id"] or "", state])
-    yield str(folder)
+        found = known.get(job["job_id"], [])
+        told.append(
+            {
+                "name": name,
+                "job": job["job_id"],
+                "done_before": job["job_id"] is None,
+                "states": dict(_states(found)),
+                "why": _why(found),
+                "log": job["log"],
+                "run_dir": job["run_dir"],
+            }
+        )
+    return {"folder": str(folder), "jobs": told}
+
+
+def chain_lines(tree: dict[str, Any]) -> Iterator[str]:
+    """The same as a table: SLURM's number and how each job stands, the log of one that failed."""
+    yield tree["folder"]
+    rows = [[job["name"], job["job"] or "", _state(job)] for job in tree["jobs"]]
     yield from table_text(["job", "number", "state"], rows, align="lrl")
-    for run_dir in dict.fromkeys(job["run_dir"] for job in jobs.values() if job["run_dir"] and job["job_id"]):
+    for run_dir in dict.fromkeys(job["run_dir"] for job in tree["jobs"] if job["run_dir"] and job["job"]):
         yield f"megacl status {run_dir}    # its step, loss, speed"
 
 
@@ -75,13 +93,25 @@ def _jobs(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, list[Queue
     return jobs, known
 
 
-def _state(found: list[QueuedJob], log: str) -> str:
-    """How a job stands, in words."""
-    if not found:
-        return f"ended, and SLURM has forgotten how; {log}"
-    states = Counter(each.state.lower().replace("_", " ") for each in found)
-    words = ", ".join(f"{number} {state}" if len(found) > 1 else state for state, number in states.items())
+def _states(found: list[QueuedJob]) -> Counter[str]:
+    return Counter(each.state.lower().replace("_", " ") for each in found)
+
+
+def _why(found: list[QueuedJob]) -> str | None:
+    """Why the first one that waits does."""
     waiting = next((each for each in found if each.waiting), None)
-    if waiting is not None:
-        return f"{words}: {explain(waiting.reason).why}"
-    return words if states.keys() <= {"completed", "running", "cancelled"} else f"{words}; {log}"
+    return None if waiting is None else explain(waiting.reason).why
+
+
+def _state(job: dict[str, Any]) -> str:
+    """How a job stands, in words."""
+    states: dict[str, int] = job["states"]
+    if job["done_before"]:
+        return "done before"
+    if not states:
+        return f"ended, and SLURM has forgotten how; {job['log']}"
+    tasks = sum(states.values())
+    words = ", ".join(f"{number} {state}" if tasks > 1 else state for state, number in states.items())
+    if job["why"] is not None:
+        return f"{words}: {job['why']}"
+    return words if states.keys() <= {"completed", "running", "cancelled"} else f"{words}; {job['log']}"

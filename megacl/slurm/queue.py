@@ -45,10 +45,10 @@ _FORMAT = "%i|%T|%u|%N|%S|%e|%L|%r|%o"
 
 @dataclass(frozen=True, kw_only=True)
 class QueuedJob:
-    """A job as SLURM knows it now, or tasks of an array."""
+    """A job as SLURM knows it now, or a task of an array."""
 
     job_id: str
-    """12; 12_3 for a task of an array, 12_[4-8] for those that have not begun."""
+    """12; 12_3 for a task of an array."""
     state: str
     """PENDING, RUNNING, COMPLETED, ..."""
     user: str
@@ -85,7 +85,7 @@ def find_jobs(job_ids: Iterable[str]) -> list[QueuedJob]:
     if not listed:
         return []
     try:
-        said = _run(["squeue", "--noheader", "--states=all", f"--jobs={listed}", f"--format={_FORMAT}"])
+        said = _run(["squeue", "--noheader", "--array", "--states=all", f"--jobs={listed}", f"--format={_FORMAT}"])
     except LaunchError as error:
         if "Invalid job id" in str(error):  # it says so only where it knows none of them
             return []

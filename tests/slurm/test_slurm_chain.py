@@ -36,8 +36,12 @@ def cluster() -> Iterator[Cluster]:
 
 def submit(cluster: Cluster, folder: Path, *arguments: str) -> str:
     """What `megacl submit` says."""
-    command = [sys.executable, "-m", "megacl", "submit", *arguments, "--cluster", "cpu-test"]
-    return cluster.run(*command, environment=ENVIRONMENT, cwd=folder, timeout=TIMEOUT)
+    return megacl(cluster, folder, "submit", *arguments, "--cluster", "cpu-test")
+
+
+def megacl(cluster: Cluster, folder: Path, *arguments: str) -> str:
+    """What a command of megacl's says, given in that folder."""
+    return cluster.run(sys.executable, "-m", "megacl", *arguments, environment=ENVIRONMENT, cwd=folder, timeout=TIMEOUT)
 
 
 def jobs_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -128,6 +132,9 @@ def test_a_chain_whose_array_has_a_failing_task_goes_on_where_it_is_submitted_ag
     }
     file = write_chain(tmp_path / "chain.yaml", steps)
     submit(cluster, tmp_path, file)
+    (shown,) = json.loads(megacl(cluster, tmp_path, "status", "chain", "--json"))
+    (array,) = (job for job in shown["jobs"] if job["name"] == "english.tasks")
+    assert sum(array["states"].values()) == 2
     states = wait_for_end(cluster, tmp_path / "chain")
     assert states.pop("english.tasks") == "FAILED COMPLETED", said_by(tmp_path / "chain")
     assert set(states.values()) == {"CANCELLED"}
