@@ -1,10 +1,12 @@
 """The kernels in C against their twins, as operators, and how the library comes to be where it runs."""
 
+import contextlib
 import math
 import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,10 +209,18 @@ def test_gelu_of_products_of_another_width_is_pytorchs(dtype):
         torch.testing.assert_close(gelu["c"](*wide), gelu["reference"](*wide), check_dtype=False, rtol=0.02, atol=0.02)
 
 
-def of_all_kernels(threads: int) -> list[torch.Tensor]:
+@contextlib.contextmanager
+def threads_of(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(number)
     try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def of_all_kernels(threads: int) -> list[torch.Tensor]:
+    with threads_of(threads):
         qkv = drawn(3, 90, 6, 16)
         mixed = ATTENTION["c"](qkv, *tables(90, 4), None, 1, 0.25)
         x, bias = drawn(1000, 3000, seed=1), drawn(3000, seed=2)  # whose sums PyTorch shares out
@@ -235,13 +245,29 @@ def of_all_kernels(threads: int) -> list[torch.Tensor]:
                 [qkv, x, bias, gate_up, total, weight, norm_bias],
             ),
         ]
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_the_number_of_threads_changes_no_bit():
     for one, two in zip(of_all_kernels(1), of_all_kernels(2), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 2), (5, 1), (4, 2)])
+@pytest.mark.parametrize("length", [1, 64, 65, 330])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_head_that_several_threads_share_gives_the_bits_of_one_thread(heads, length, bounded):
+    qkv = drawn(1, length, heads[0] + 2 * heads[1], 24, seed=length)
+    bounds = documents(1, length, 0.01, seed=3) if bounded else None
+    cos, sin = tables(length, 5)
+    coming = drawn(1, length, heads[0], 24, seed=9).detach()
+    found = []
+    for threads in (1, 2, 3, 5, 16):
+        with threads_of(threads):
+            mixed = ATTENTION["c"](qkv, cos, sin, bounds, heads[1], 0.2)
+            found.append((mixed.detach(), *torch.autograd.grad(mixed, qkv, coming)))
+    for several in found[1:]:
+        assert torch.equal(several[0], found[0][0])
+        assert torch.equal(several[1], found[0][1])
 
 
 # --------------------------------------------------------------------------------------------------------------- models

@@ -2,7 +2,8 @@
  *
  * c_attention.py calls this; what the functions compute is reference.rotary_attention. A task is a
  * document and a key/value head; it packs that head's keys and values once and then takes BLOCK queries at a time, whose
- * scores stay in the cache. Tasks share no sums, so the result is the same for any number of threads.
+ * scores stay in the cache. Where there are fewer of these than threads, each is shared out among several tasks by its
+ * blocks. Tasks share no sums, so the result is the same for any number of threads.
  *
  * Sizes: width is a head's, padded to W; length is a document's, padded to L; a packed matrix has zeros there.
  */
@@ -140,6 +141,14 @@ static i64 longest_of(const call *c)
     return longest;
 }
 
+/* Among how many tasks each of so many key/value heads is shared out, so that every thread has one. */
+static i64 shares_of(i64 kv_heads, i64 threads)
+{
+    return kv_heads < threads ? (threads + kv_heads - 1) / kv_heads : 1;
+}
+
+static i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
 /* The next `floats` of a thread's memory, at a whole line of the cache. */
 static float *take(float **room, i64 floats)
 {
@@ -172,6 +181,7 @@ int attention_forward(const call *c, float *mixed, float *log_sum)
 {
     i64 width = c->width, W = up(width, NR), L = up(longest_of(c), BLOCK), scores = L + LANES;
     i64 group = c->heads / c->kv_heads, token = (c->heads + 2 * c->kv_heads) * width, out = c->heads * width;
+    i64 kv_heads = c->documents * c->kv_heads, shares = shares_of(kv_heads, c->threads);
     size_t bytes = sizeof(float) * (3 * L * W + 2 * BLOCK * W + BLOCK * scores);
     int failed = 0;
 #pragma omp parallel num_threads(c->threads) reduction(| : failed)
@@ -181,11 +191,12 @@ int attention_forward(const call *c, float *mixed, float *log_sum)
         float *rows = take(&room, L * W), *keys_t = take(&room, L * W), *values = take(&room, L * W);
         float *q = take(&room, BLOCK * W), *y = take(&room, BLOCK * W), *s = take(&room, BLOCK * scores);
 #pragma omp for schedule(dynamic)
-        for (i64 task = 0; task < c->documents * c->kv_heads; task++) {
-            if (failed)
+        for (i64 task = 0; task < kv_heads * shares; task++) {
+            i64 document = task / shares / c->kv_heads, g = task / shares % c->kv_heads;
+            i64 begin = c->bounds[document], length = c->bounds[document + 1] - begin, padded = up(length, BLOCK);
+            i64 blocks = padded / BLOCK;
+            if (failed || task % shares >= group * blocks)
                 continue;
-            i64 begin = c->bounds[task / c->kv_heads], g = task % c->kv_heads;
-            i64 length = c->bounds[task / c->kv_heads + 1] - begin, padded = up(length, BLOCK);
             tables turn = {c->cos, c->sin, c->half};
             i64 place = c->by_place ? 0 : begin;
             const float *qkv = c->qkv + begin * token;
@@ -193,28 +204,27 @@ int attention_forward(const call *c, float *mixed, float *log_sum)
             pack_transposed(rows, padded, W, keys_t);
             gather(qkv + (c->heads + c->kv_heads + g) * width, token, length, padded, width, W, NULL, 0, 1, rows);
             pack(rows, padded, W, values);
-            for (i64 h = g * group; h < (g + 1) * group; h++)
-                for (i64 first = 0; first < length; first += BLOCK) {
-                    i64 count = length - first < BLOCK ? length - first : BLOCK;
-                    gather(qkv + first * token + h * width, token, count, BLOCK, width, W, &turn, place + first,
-                           c->scale * LOG2_E, q);
-                    for (i64 n = 0; n < first + count; n += NR) /* those before the keys' own places are not read */
-                        for (i64 m = n > first ? (n - first) / MR * MR : 0; m < count; m += MR)
-                            tile(W, q + m * W, W, 1, keys_t + n * W, s + m * scores + n, scores, 0);
-                    float sums[BLOCK];
-                    for (i64 m = 0; m < count; m++) {
-                        float top;
-                        fetch(qkv + (first + BLOCK + m) * token + h * width, width); /* the next block's */
-                        sums[m] = exponentials(s + m * scores, first + m + 1, first + m / MR * MR + MR, &top);
-                        log_sum[(begin + first + m) * c->heads + h] = top + log2f(sums[m]);
-                    }
-                    for (i64 n = 0; n < W; n += NR)
-                        for (i64 m = 0; m < count; m += MR)
-                            tile(first + m + MR, s + m * scores, scores, 1, values + n * padded, y + m * W + n, W, 0);
-                    for (i64 m = 0; m < count; m++)
-                        scatter(y + m * W, 1, width, W, NULL, 0, 1 / sums[m],
-                                mixed + (begin + first + m) * out + h * width, out);
+            for (i64 item = task % shares; item < group * blocks; item += shares) {
+                i64 h = g * group + item / blocks, first = item % blocks * BLOCK, count = least(length - first, BLOCK);
+                gather(qkv + first * token + h * width, token, count, BLOCK, width, W, &turn, place + first,
+                       c->scale * LOG2_E, q);
+                for (i64 n = 0; n < first + count; n += NR) /* those before the keys' own places are not read */
+                    for (i64 m = n > first ? (n - first) / MR * MR : 0; m < count; m += MR)
+                        tile(W, q + m * W, W, 1, keys_t + n * W, s + m * scores + n, scores, 0);
+                float sums[BLOCK];
+                for (i64 m = 0; m < count; m++) {
+                    float top;
+                    fetch(qkv + (first + shares * BLOCK + m) * token + h * width, width); /* the next block's */
+                    sums[m] = exponentials(s + m * scores, first + m + 1, first + m / MR * MR + MR, &top);
+                    log_sum[(begin + first + m) * c->heads + h] = top + log2f(sums[m]);
                 }
+                for (i64 n = 0; n < W; n += NR)
+                    for (i64 m = 0; m < count; m += MR)
+                        tile(first + m + MR, s + m * scores, scores, 1, values + n * padded, y + m * W + n, W, 0);
+                for (i64 m = 0; m < count; m++)
+                    scatter(y + m * W, 1, width, W, NULL, 0, 1 / sums[m],
+                            mixed + (begin + first + m) * out + h * width, out);
+            }
         }
         free(memory);
     }
@@ -249,11 +259,17 @@ static float dot(const float *a, const float *b, i64 n)
     return total;
 }
 
-/* dmixed is like mixed; dqkv, like qkv, is written. */
+/* dmixed is like mixed; dqkv, like qkv, is written.
+ *
+ * Gradients of queries are sums over keys, and those of keys and values over queries. A head that is shared out has tasks
+ * for the first, which take its blocks of queries in turns, and tasks for the others, which take its blocks of keys: scores
+ * and their gradients are computed in both, 7 products in place of 5, and the sums are the same to the bit. */
 int attention_backward(const call *c, const float *mixed, const float *log_sum, const float *dmixed, float *dqkv)
 {
     i64 width = c->width, W = up(width, NR), L = up(longest_of(c), BLOCK), scores = L + LANES;
     i64 group = c->heads / c->kv_heads, token = (c->heads + 2 * c->kv_heads) * width, out = c->heads * width;
+    i64 kv_heads = c->documents * c->kv_heads, roles = 7 * kv_heads < 5 * c->threads ? 2 : 1;
+    i64 shares = roles == 2 ? shares_of(kv_heads, c->threads) : 1;
     size_t bytes = sizeof(float) * (6 * L * W + 5 * BLOCK * W + 2 * BLOCK * scores);
     int failed = 0;
 #pragma omp parallel num_threads(c->threads) reduction(| : failed)
@@ -266,11 +282,16 @@ int attention_backward(const call *c, const float *mixed, const float *log_sum, 
         float *dy = take(&room, BLOCK * W), *dy_panels = take(&room, BLOCK * W);
         float *s = take(&room, BLOCK * scores), *ds = take(&room, BLOCK * scores);
 #pragma omp for schedule(dynamic)
-        for (i64 task = 0; task < c->documents * c->kv_heads; task++) {
-            if (failed)
+        for (i64 task = 0; task < kv_heads * shares * roles; task++) {
+            int for_keys = task % roles == 0, for_queries = task % roles == roles - 1;
+            i64 share = task / roles % shares, head = task / roles / shares, g = head % c->kv_heads;
+            i64 begin = c->bounds[head / c->kv_heads], length = c->bounds[head / c->kv_heads + 1] - begin;
+            i64 padded = up(length, BLOCK), blocks = padded / BLOCK;
+            if (failed || share >= (for_queries ? group * blocks : blocks))
                 continue;
-            i64 begin = c->bounds[task / c->kv_heads], g = task % c->kv_heads;
-            i64 length = c->bounds[task / c->kv_heads + 1] - begin, padded = up(length, BLOCK);
+            /* The keys of this task: from `start`, so many in a run, and so far from one run to the next. */
+            i64 start = for_queries ? 0 : share * BLOCK, run = for_queries ? length : BLOCK;
+            i64 next = for_queries ? length : shares * BLOCK;
             tables turn = {c->cos, c->sin, c->half};
             i64 place = c->by_place ? 0 : begin;
             i64 at_keys = (c->heads + g) * width, at_values = (c->heads + c->kv_heads + g) * width;
@@ -282,46 +303,57 @@ int attention_backward(const call *c, const float *mixed, const float *log_sum, 
             pack_transposed(rows, padded, W, values_t);
             memset(dkeys, 0, sizeof(float) * padded * W);
             memset(dvalues, 0, sizeof(float) * padded * W);
-            for (i64 h = g * group; h < (g + 1) * group; h++)
-                for (i64 first = 0; first < length; first += BLOCK) {
-                    i64 count = length - first < BLOCK ? length - first : BLOCK, tiled = up(count, MR);
-                    const float *q_here = qkv + first * token + h * width;
-                    const float *y_here = mixed + (begin + first) * out + h * width;
-                    const float *dy_here = dmixed + (begin + first) * out + h * width;
-                    gather(q_here, token, count, BLOCK, width, W, &turn, place + first, c->scale * LOG2_E, q);
-                    pack(q, BLOCK, W, q_panels);
-                    gather(dy_here, out, count, BLOCK, width, W, NULL, 0, 1, dy);
-                    pack(dy, BLOCK, W, dy_panels);
-                    for (i64 n = 0; n < first + count; n += NR)
+            for (i64 item = 0; item < group * blocks; item++) {
+                i64 h = g * group + item / blocks, first = item % blocks * BLOCK, count = least(length - first, BLOCK);
+                i64 end = first + count, tiled = up(count, MR);
+                if (for_keys ? start >= end : item % shares != share)
+                    continue;
+                const float *q_here = qkv + first * token + h * width;
+                const float *y_here = mixed + (begin + first) * out + h * width;
+                const float *dy_here = dmixed + (begin + first) * out + h * width;
+                gather(q_here, token, count, BLOCK, width, W, &turn, place + first, c->scale * LOG2_E, q);
+                pack(q, BLOCK, W, q_panels);
+                gather(dy_here, out, count, BLOCK, width, W, NULL, 0, 1, dy);
+                pack(dy, BLOCK, W, dy_panels);
+                for (i64 low = start; low < end; low += next)
+                    for (i64 n = low; n < least(low + run, end); n += NR)
                         for (i64 m = n > first ? (n - first) / MR * MR : 0; m < count; m += MR) {
                             tile(W, q + m * W, W, 1, keys_t + n * W, s + m * scores + n, scores, 0);
                             tile(W, dy + m * W, W, 1, values_t + n * W, ds + m * scores + n, scores, 0);
                         }
-                    for (i64 m = 0; m < tiled; m++) {
-                        int real = m < count; /* a tile's other queries see nothing */
-                        fetch(q_here + (BLOCK + m) * token, width); /* the next block's */
-                        fetch(y_here + (BLOCK + m) * out, width);
-                        fetch(dy_here + (BLOCK + m) * out, width);
-                        differentiate(s + m * scores, ds + m * scores, real ? first + m + 1 : 0,
-                                      first + m / MR * MR + MR,
-                                      real ? log_sum[(begin + first + m) * c->heads + h] : 0,
-                                      real ? dot(dy + m * W, y_here + m * out, width) : 0);
-                    }
-                    for (i64 n = 0; n < W; n += NR) {
-                        for (i64 m = 0; m < count; m += MR)
-                            tile(first + m + MR, ds + m * scores, scores, 1, keys + n * padded, dq + m * W + n, W, 0);
-                        for (i64 j = 0; j < first + count; j += MR) {
+                for (i64 m = 0; m < tiled; m++) {
+                    int real = m < count; /* a tile's other queries see nothing */
+                    fetch(q_here + (BLOCK + m) * token, width); /* the next block's */
+                    fetch(y_here + (BLOCK + m) * out, width);
+                    fetch(dy_here + (BLOCK + m) * out, width);
+                    i64 seen = real ? first + m + 1 : 0, read = first + m / MR * MR + MR;
+                    float of_all = real ? log_sum[(begin + first + m) * c->heads + h] : 0;
+                    float delta = real ? dot(dy + m * W, y_here + m * out, width) : 0;
+                    for (i64 low = start; low < end; low += next)
+                        differentiate(s + m * scores + low, ds + m * scores + low, seen - low,
+                                      (low + run < end ? low + run : read) - low, of_all, delta);
+                }
+                for (i64 n = 0; n < W; n += NR) {
+                    for (i64 m = 0; for_queries && m < count; m += MR)
+                        tile(first + m + MR, ds + m * scores, scores, 1, keys + n * padded, dq + m * W + n, W, 0);
+                    for (i64 low = start; for_keys && low < end; low += next)
+                        for (i64 j = low; j < least(low + run, end); j += MR) {
                             i64 from = j > first ? j - first : 0; /* the first query that sees one of these keys */
                             const float *b = dy_panels + n * BLOCK + from * NR, *d = q_panels + n * BLOCK + from * NR;
                             tile(tiled - from, s + from * scores + j, 1, scores, b, dvalues + j * W + n, W, 1);
                             tile(tiled - from, ds + from * scores + j, 1, scores, d, dkeys + j * W + n, W, 1);
                         }
-                    }
+                }
+                if (for_queries)
                     scatter(dq, count, width, W, &turn, place + first, c->scale,
                             dqkv + (begin + first) * token + h * width, token);
-                }
-            scatter(dkeys, length, width, W, &turn, place, 1 / LOG2_E, dqkv + begin * token + at_keys, token);
-            scatter(dvalues, length, width, W, NULL, 0, 1, dqkv + begin * token + at_values, token);
+            }
+            for (i64 low = start; for_keys && low < length; low += next) {
+                float *here = dqkv + (begin + low) * token;
+                i64 rows = least(run, length - low);
+                scatter(dkeys + low * W, rows, width, W, &turn, place + low, 1 / LOG2_E, here + at_keys, token);
+                scatter(dvalues + low * W, rows, width, W, NULL, 0, 1, here + at_values, token);
+            }
         }
         free(memory);
     }
