@@ -15,7 +15,7 @@ def test_every_implementation_of_this_device_has_its_line():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, BENCH, *sizes], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    parts = (" 64/64", " 16/64", " 32 ")  # of a head that is turned; tokens of a sequence
+    parts = (" 64/64", " 16/64", " 1x32/1")  # of a head that is turned; rows, tokens and key heads
     lines = set()
     for line in done.stdout.splitlines():
         for part in parts:

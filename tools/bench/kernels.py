@@ -7,7 +7,8 @@ Implementations take turns, and each line has the least time of all turns; with 
 that is the process's own time, which other processes lengthen less. An op that only moves memory has the bytes
 that it must move, read and written once each, a second, and their share of the machine's copy bandwidth; one that
 multiplies has its products' floating-point operations a second and their share of the machine's rate for a product.
-`kept` is what stays in memory for backward, parameters aside. The last lines are a step's update: the gradient's norm,
+`kept` is what stays in memory for backward, parameters aside. rotary_attention 16x256/6 is of 16 rows of 256 tokens with
+6 key heads. The last lines are a step's update: the gradient's norm,
 clipping, AdamW. --compiled adds torch.compile of the reference; on a GPU
 liger-kernel's ops stand beside ours where it is installed. A CPU computes in fp32, a GPU in bf16.
 """
@@ -76,6 +77,7 @@ def cases(tokens: int, hidden: int, vocab: int, *, device: str, dtype: torch.dty
     whole, quarter = ((angles_TR[:, :r].cos(), angles_TR[:, :r].sin()) for r in (32, 8))
     quarter_TR = [table[:256] for table in quarter]
     short_BTHE = values(tokens // min(tokens, 256), min(tokens, 256), 3 * heads, 64)
+    row_BTHE = values(1, length, heads + 2, 64)  # one row with one key head: what threads share out least easily
     targets = torch.randint(vocab, (tokens,), device=device)
     head = (0.02 * values(vocab, hidden)).detach().requires_grad_()
     return [
@@ -86,11 +88,15 @@ def cases(tokens: int, hidden: int, vocab: int, *, device: str, dtype: torch.dty
         *(
             Case(
                 "rotary_attention",
-                (qkv, *turns, None, heads, 64**-0.5),
+                (qkv, *turns, None, kv_heads, 64**-0.5),
                 {},
-                flops=6 * tokens * qkv.shape[1] * hidden,  # of the causal half
+                flops=6 * qkv.shape[0] * qkv.shape[1] ** 2 * hidden,  # of the causal half
             )
-            for qkv, turns in ((short_BTHE, quarter_TR), (qkv_BTHE, quarter))
+            for qkv, turns, kv_heads in (
+                (short_BTHE, quarter_TR, heads),
+                (qkv_BTHE, quarter, heads),
+                (row_BTHE, quarter, 1),
+            )
         ),
         Case("swiglu", (values(tokens, 2 * inner),), {}, bytes_moved=8 * tokens * inner * size),
         Case("linear", (x, values(hidden, hidden), bias), {}, flops=3 * 2 * tokens * hidden * hidden),
@@ -312,7 +318,7 @@ def measure_update(hidden: int, vocab: int, limits: Limits, *, device: str, repe
 
 def line_of(row: Row, label: str, unit: str) -> str:
     return (
-        f"{label:22}{row.implementation:16}{row.forward_ms:7.2f} ms{row.both_ms:7.2f} ms"
+        f"{label:26}{row.implementation:16}{row.forward_ms:7.2f} ms{row.both_ms:7.2f} ms"
         f"{row.kept_mib:6.1f} MiB{row.rate / 1e9:10.1f} {unit:7}{row.share:7.2f}"
     )
 
@@ -333,13 +339,14 @@ def main() -> None:
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{name}, {dtype}, {chosen.tokens} tokens, hidden {chosen.hidden}, vocabulary {chosen.vocab}")
     print(f"copy {limits.bandwidth / 1e9:.1f} GB/s, product {limits.flops / 1e9:.1f} GFLOP/s")
-    print(f"{'op':22}{'implementation':16}{'forward':>10}{'and back':>10}{'kept':>10}{'rate':>18}{'share':>7}")
+    print(f"{'op':26}{'implementation':16}{'forward':>10}{'and back':>10}{'kept':>10}{'rate':>18}{'share':>7}")
     for case in cases(chosen.tokens, chosen.hidden, chosen.vocab, device=device, dtype=dtype):
         part = ""
         if case.op == "rotary":
             part = f" {2 * case.inputs[1].shape[-1]}/64"
         elif case.op == "rotary_attention":
-            part = f" {case.inputs[0].shape[1]}"  # tokens of a sequence
+            rows, length, *_ = case.inputs[0].shape
+            part = f" {rows}x{length}/{case.inputs[4]}"
         unit = "GB/s" if case.bytes_moved else "GFLOP/s"
         for row in measure(case, limits, device=device, compiled=chosen.compiled, repeats=chosen.repeats):
             print(line_of(row, row.op + part, unit), flush=True)
