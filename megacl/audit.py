@@ -28,7 +28,7 @@ from megacl.data.source import Source
 from megacl.data.store import is_url
 from megacl.data.stream import open_recorded
 from megacl.data.verify import shard_problem
-from megacl.errors import CheckpointError, ConfigError, DataError
+from megacl.errors import CheckpointError, ConfigError, DataError, UnreachableError
 from megacl.history import configured_sources
 from megacl.lineage import (
     CheckpointMark,
@@ -141,6 +141,9 @@ class _Sources:
                 continue
             try:
                 source = self._open(record)
+            except UnreachableError as error:
+                yield Finding("unchecked", str(error))
+                continue
             except DataError as error:
                 there = not is_url(record.path) and (Path(record.path) / MANIFEST).is_file()
                 yield Finding("changed" if there else "missing", str(error))
@@ -150,6 +153,8 @@ class _Sources:
     def _open(self, record: SourceRecord) -> Source:
         try:
             return open_recorded(record, cache=self._cache)
+        except UnreachableError:
+            raise
         except DataError:
             known = configured_sources(self._config, record.name, self._cache) if self._config else ()
             return open_recorded(record, known, self._cache)

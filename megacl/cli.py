@@ -1,7 +1,8 @@
 """The command line. Each verb imports what it needs inside, so that `megacl --help` answers at once.
 
 Exit status: 0 done; 75 stopped by a signal, the same command goes on (EX_TEMPFAIL); 130 Ctrl-C where there was
-nothing to save; 2 wrong input; 1 a run that diverged, or a bug of ours, which shows its traceback.
+nothing to save; 2 wrong input; 1 a run that diverged, data that cannot be reached for now, or a bug of ours, which
+shows its traceback.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -115,16 +115,13 @@ def status(
     from megacl.slurm.chain_status import chain_lines, chain_tree, is_chain
     from megacl.slurm.status import read_status, status_text
 
-    trees, lines = list[dict[str, Any]](), list[str]()
+    if json_output:
+        trees = [chain_tree(run) if is_chain(run) else read_status(run).tree() for run in runs]
+        print(json.dumps(without_nan(trees), indent=1))
+        return
     for run in runs:
-        if is_chain(run):
-            trees.append(chain := chain_tree(run))
-            lines += chain_lines(chain)
-        else:
-            found = read_status(run)
-            trees.append(found.tree())
-            lines += status_text(found)
-    print(json.dumps(without_nan(trees), indent=1) if json_output else "\n".join(lines))
+        lines = chain_lines(chain_tree(run)) if is_chain(run) else status_text(read_status(run))
+        print("\n".join(lines))
 
 
 def cancel(

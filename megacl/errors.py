@@ -1,7 +1,7 @@
 """What the user can put right. Everything else that is raised is a bug of ours and shows its traceback.
 
 A message says what, where and what to do, in one line; the command line prints it behind the class's name and ends
-with exit status 2.
+with the class's exit status, mostly 2.
 """
 
 import contextlib

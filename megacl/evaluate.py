@@ -22,7 +22,7 @@ from megacl.data.store import ShardCache
 from megacl.data.stream import open_recorded
 from megacl.data.tokenizer import Tokenizer
 from megacl.engine import Engine
-from megacl.errors import DataError, MegaclError
+from megacl.errors import DataError, MegaclError, UnreachableError
 from megacl.heldout import SourceLoss
 from megacl.lineage import Lineage
 from megacl.parallel.ranks import Ranks
@@ -130,11 +130,17 @@ def evaluate_sources(
 
 
 def sources_of(
-    lineage: Lineage, named: Mapping[str, Source], opened: Iterable[Source] = (), cache: ShardCache | None = None
+    lineage: Lineage,
+    named: Mapping[str, Source],
+    opened: Iterable[Source] = (),
+    cache: ShardCache | None = None,
+    *,
+    pass_over_unreachable: bool = False,
 ) -> tuple[dict[str, Source], list[str]]:
     """All that a model has seen, beside what a configuration names: sources by name, and what could not be opened.
 
-    opened: sources that need not be opened again. cache: for those on a store.
+    opened: sources that need not be opened again. cache: for those on a store. One that gives nothing for now is an
+    UnreachableError, unless pass_over_unreachable makes it one of those that could not be opened.
     """
     found = dict(named)
     problems = []
@@ -144,6 +150,8 @@ def sources_of(
         try:
             source = open_recorded(record, opened, cache)
         except DataError as error:
+            if isinstance(error, UnreachableError) and not pass_over_unreachable:
+                raise
             problems.append(str(error))
             continue
         name = record.name if record.name not in found else f"{record.name}-{record.fingerprint[:6]}"

@@ -236,7 +236,11 @@ class _Run:
         self.alarmed = False
         with ranks.together():
             self.evaluated, problems = sources_of(
-                self.lineage, self.inputs.sources, self.inputs.history, self.inputs.cache
+                self.lineage,
+                self.inputs.sources,
+                self.inputs.history,
+                self.inputs.cache,
+                pass_over_unreachable=True,  # what it does not train on does not keep it from training
             )
         for problem in problems:
             log.warn(f"not evaluated: {problem}")

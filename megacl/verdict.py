@@ -58,7 +58,8 @@ def _said(attempt: Attempt, words: Words) -> Outcome:
         words.exit_status,
         f"{where}{words.message}{at}",
         step=words.step,
-        ranks=[words.rank],
+        # What says that data cannot be reached names the node; rank 0 may speak for another one.
+        ranks=[] if words.kind == "unreachable" else [words.rank],
         nodes=words.nodes,
     )
 

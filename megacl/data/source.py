@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megacl.data.manifest import MANIFEST, Generation, Manifest, parse_manifest, read_manifest
+from megacl.data.manifest import MANIFEST, Generation, Manifest, no_manifest, parse_manifest, read_manifest
 from megacl.data.shard_list import SHARDS, DTypeName, ShardList, parse_shards, read_shards
 from megacl.data.shards import Documents, Tokens, open_documents
 from megacl.data.store import OPEN_FETCHED, RemoteFolder, ShardCache, StagedFolder, is_url
@@ -203,8 +203,16 @@ def open_source(
 def _read_lists(path: str | Path, cache: ShardCache | None) -> tuple[Path | RemoteFolder, Manifest, ShardList]:
     if not is_url(path):
         folder = Path(path)
-        staged = StagedFolder(str(path), cache) if cache is not None and cache.stage else folder
-        return staged, read_manifest(folder), read_shards(folder)
+        if cache is None or not cache.stage:
+            return folder, read_manifest(folder), read_shards(folder)
+        staged = StagedFolder(str(path), cache)
+        if (content := staged.read(MANIFEST)) is None:
+            raise no_manifest(folder)
+        return (
+            staged,
+            parse_manifest(content, folder / MANIFEST),
+            parse_shards(staged.read(SHARDS), folder / SHARDS),
+        )
     if cache is None:
         raise DataError(
             f"{path}: its shards lie on a store, and there is no cache to fetch them into; set cache.path to a folder "

@@ -261,7 +261,7 @@ class RemoteFolder:
         return self.url.split("?")[0].rstrip("/")
 
     def read(self, name: str) -> bytes | None:
-        """A small file's content, None where there is none; DataError where the store cannot be read."""
+        """A small file's content, None where there is none; UnreachableError where the store cannot be read."""
 
         def attempt() -> bytes:
             store, root = self._store()
@@ -271,7 +271,7 @@ class RemoteFolder:
 
         try:
             return self._patiently(name, attempt)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def why_missing(self) -> str:
@@ -350,7 +350,7 @@ class RemoteFolder:
         while True:
             try:
                 return attempt()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 raise
             except OSError as error:
                 reason = str(error).splitlines()[0]
@@ -358,8 +358,9 @@ class RemoteFolder:
                     raise DataError(f"{where}: {self._what} refuses access ({reason}). {self._access}") from None
                 if time.monotonic() + delay > end:
                     raise UnreachableError(
-                        f"{where}: {self._what} cannot be read, tried for {self.cache.patience:g} s ({reason}). Run "
-                        "the same command again once it can, or raise cache.patience."
+                        f"{where}: {self._what} cannot be read from {socket.gethostname()}, tried for "
+                        f"{self.cache.patience:g} s ({reason}). Run the same command again once it can, or raise "
+                        "cache.patience."
                     ) from None
             again = time.monotonic() + delay
             while (left := again - time.monotonic()) > 0:

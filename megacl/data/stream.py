@@ -37,8 +37,9 @@ def open_recorded(record: SourceRecord, known: Iterable[Source] = (), cache: Sha
             return source
     try:
         source = open_source(record.path, record.generation, record.since, cache)
-    except UnreachableError:
-        raise
+    except UnreachableError as error:
+        name = f"{record.name!r}, fingerprint {record.fingerprint[:12]}"
+        raise UnreachableError(f"the model's history reads source {name}: {error}") from None
     except DataError as error:
         raise DataError(
             f"the model's history reads source {record.name!r}, fingerprint {record.fingerprint[:12]}, which is gone: "

@@ -47,8 +47,13 @@ def cancel_run(run_dir: Path, say: Callable[[str], None], *, pause: float = 1.0)
     if not jobs:
         _nothing_to_do(run_dir, say)
         return
-    told = []
+    told, arrays = [], set[str]()
     for job in sorted(jobs, key=lambda job: not job.waiting):  # what waits must not start in the place of what ends
+        array, _, task = job.job_id.partition("_")
+        if task and job.waiting:
+            if array in arrays:  # all its tasks are out of the queue
+                continue
+            arrays.add(array)
         if (saving := _end(run_dir, job, say)) is not None:
             told.append(saving)
     _wait(run_dir, told, say, pause)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
-from runs import WEIGHTS, losses
+from runs import WEIGHTS, command_line, losses
 
 from megacl.attempts import read_outcome
 from megacl.checkpoint import find_checkpoint, open_checkpoint
@@ -365,7 +365,7 @@ def test_a_server_that_stays_away_ends_in_one_line_after_the_stated_time(store: 
     store.shutdown()
     store.server_close()
     began = time.monotonic()
-    said = r"train-00000.arrow: the store cannot be read, tried for 0.5 s .*same command"
+    said = r"train-00000.arrow: the store cannot be read from \S+, tried for 0.5 s .*same command"
     with pytest.raises(UnreachableError, match=said):
         remote.train.read(0, 1)
     assert time.monotonic() - began < 10
@@ -505,7 +505,7 @@ def test_a_run_that_waits_for_a_dead_store_hears_a_signal_and_saves(
 
 
 def test_a_run_whose_store_stays_away_saves_its_last_step_before_it_ends(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree = tree_whose_server_dies(Server(), prepared, tmp_path, monkeypatch, patience=0.5)
     with pytest.raises(UnreachableError, match=r"reading source 'english'.*the store cannot be read"):
@@ -514,7 +514,19 @@ def test_a_run_whose_store_stays_away_saves_its_last_step_before_it_ends(
     assert made == saved >= 3
     left = read_outcome(tmp_path / "run")
     assert left is not None
-    assert (left.outcome, left.exit_status, left.step) == ("unreachable", 1, saved)
+    assert (left.outcome, left.exit_status, left.step, left.node) == ("unreachable", 1, saved, None)
+
+    # What it has read is neither lost nor nothing to evaluate on; it cannot be reached now.
+    lineage = load_lineage(tmp_path / "run")
+    with pytest.raises(
+        UnreachableError, match=r"the model's history reads source 'english', fingerprint .*cannot be read"
+    ):
+        sources_of(lineage, {}, cache=cache_at(tmp_path, patience=0.2))
+    found, problems = sources_of(lineage, {}, cache=cache_at(tmp_path, patience=0.2), pass_over_unreachable=True)
+    assert (found, len(problems)) == ({}, 1)
+    status, out, _ = command_line(capsys, "lineage", str(tmp_path / "run"), "--verify")
+    assert status == 0
+    assert re.search(r"unchecked +.*source 'english', fingerprint .*cannot be read", out)
 
 
 def test_a_run_that_cannot_reach_its_store_hears_a_signal_before_it_begins(
@@ -569,6 +581,39 @@ def test_a_folder_that_is_staged_is_read_from_the_cache_and_keeps_its_name(folde
     assert copies <= {file.read_bytes() for file in folder.rglob("*.arrow")}
     travelled = pickle.loads(pickle.dumps(staged))
     assert all_of(travelled) == all_of(plain)
+
+
+def test_a_file_system_that_does_not_answer_is_waited_for_where_folders_are_staged(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    manifest = copy / "manifest.json"
+    content = manifest.read_bytes()
+    manifest.unlink()
+    manifest.symlink_to(manifest)  # an error that is neither "missing" nor "refused"
+    with pytest.raises(
+        UnreachableError, match=r"manifest.json: the file system cannot be read from \S+, tried for 0.2 s"
+    ):
+        open_source(copy, cache=staging(tmp_path / "cache"))
+    patient = ShardCache(tmp_path / "cache", 10**9, patience=30, stage=True)
+
+    (tmp_path / "mended").write_bytes(content)
+    threading.Timer(0.3, os.replace, (tmp_path / "mended", manifest)).start()
+    assert open_source(copy, cache=patient).fingerprint == open_source(folder).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("manifest.json", "no manifest.json there"), ("shards.arrow", "shards.arrow: .* is missing")]
+)
+def test_a_file_that_is_missing_where_folders_are_staged_is_not_waited_for(
+    folder: Path, tmp_path: Path, file: str, message: str
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / file).unlink()
+    with pytest.raises(DataError, match=message):
+        open_source(copy, cache=ShardCache(tmp_path / "cache", 10**9, patience=1000, stage=True))
+    with pytest.raises(DataError, match=r"no manifest.json there"):  # nor what is no folder at all
+        open_source(folder / "manifest.json", cache=ShardCache(tmp_path / "cache", 10**9, patience=1000, stage=True))
 
 
 def test_a_shard_that_was_changed_or_is_gone_is_not_staged(folder: Path, tmp_path: Path) -> None:

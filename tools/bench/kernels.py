@@ -7,10 +7,10 @@ Implementations take turns, and each line has the least time of all turns; with 
 that is the process's own time, which other processes lengthen less. An op that only moves memory has the bytes
 that it must move, read and written once each, a second, and their share of the machine's copy bandwidth; one that
 multiplies has its products' floating-point operations a second and their share of the machine's rate for a product.
-`kept` is what stays in memory for backward, parameters aside. rotary_attention 16x256/6 is of 16 rows of 256 tokens with
-6 key heads. The last lines are a step's update: the gradient's norm,
-clipping, AdamW. --compiled adds torch.compile of the reference; on a GPU
-liger-kernel's ops stand beside ours where it is installed. A CPU computes in fp32, a GPU in bf16.
+`kept` is what stays in memory for backward, parameters aside. rotary_attention 16x256/6 is of 16 rows of 256 tokens
+with 6 key heads. The last lines are a step's update: the gradient's norm, clipping, AdamW. --compiled adds
+torch.compile of the reference; on a GPU liger-kernel's ops stand beside ours where it is installed. A CPU computes in
+fp32, a GPU in bf16.
 """
 
 import argparse
@@ -318,7 +318,7 @@ def measure_update(hidden: int, vocab: int, limits: Limits, *, device: str, repe
 
 def line_of(row: Row, label: str, unit: str) -> str:
     return (
-        f"{label:26}{row.implementation:16}{row.forward_ms:7.2f} ms{row.both_ms:7.2f} ms"
+        f"{label:30}{row.implementation:16}{row.forward_ms:7.2f} ms{row.both_ms:7.2f} ms"
         f"{row.kept_mib:6.1f} MiB{row.rate / 1e9:10.1f} {unit:7}{row.share:7.2f}"
     )
 
@@ -339,7 +339,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{name}, {dtype}, {chosen.tokens} tokens, hidden {chosen.hidden}, vocabulary {chosen.vocab}")
     print(f"copy {limits.bandwidth / 1e9:.1f} GB/s, product {limits.flops / 1e9:.1f} GFLOP/s")
-    print(f"{'op':26}{'implementation':16}{'forward':>10}{'and back':>10}{'kept':>10}{'rate':>18}{'share':>7}")
+    print(f"{'op':30}{'implementation':16}{'forward':>10}{'and back':>10}{'kept':>10}{'rate':>18}{'share':>7}")
     for case in cases(chosen.tokens, chosen.hidden, chosen.vocab, device=device, dtype=dtype):
         part = ""
         if case.op == "rotary":

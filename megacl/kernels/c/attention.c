@@ -141,11 +141,9 @@ static i64 longest_of(const call *c)
     return longest;
 }
 
-/* Among how many tasks each of so many key/value heads is shared out, so that every thread has one. */
-static i64 shares_of(i64 kv_heads, i64 threads)
-{
-    return kv_heads < threads ? (threads + kv_heads - 1) / kv_heads : 1;
-}
+/* Among how many tasks each of so many key/value heads is shared out, so that there are as many as threads, or fewer by
+ * less than one a head; 1 where a second one would wait for a thread. */
+static i64 shares_of(i64 kv_heads, i64 threads) { return 2 * kv_heads <= threads ? threads / kv_heads : 1; }
 
 static i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
@@ -261,15 +259,16 @@ static float dot(const float *a, const float *b, i64 n)
 
 /* dmixed is like mixed; dqkv, like qkv, is written.
  *
- * Gradients of queries are sums over keys, and those of keys and values over queries. A head that is shared out has tasks
- * for the first, which take its blocks of queries in turns, and tasks for the others, which take its blocks of keys: scores
- * and their gradients are computed in both, 7 products in place of 5, and the sums are the same to the bit. */
+ * Gradients of queries are sums over keys, and those of keys and values over queries. A head that is shared out has
+ * tasks for the first, which take its blocks of queries in turns, and tasks for the others, which take its blocks of
+ * keys: scores and their gradients are computed in both, 7 products in place of 5, and the sums are the same to the
+ * bit. */
 int attention_backward(const call *c, const float *mixed, const float *log_sum, const float *dmixed, float *dqkv)
 {
     i64 width = c->width, W = up(width, NR), L = up(longest_of(c), BLOCK), scores = L + LANES;
     i64 group = c->heads / c->kv_heads, token = (c->heads + 2 * c->kv_heads) * width, out = c->heads * width;
-    i64 kv_heads = c->documents * c->kv_heads, roles = 7 * kv_heads < 5 * c->threads ? 2 : 1;
-    i64 shares = roles == 2 ? shares_of(kv_heads, c->threads) : 1;
+    i64 kv_heads = c->documents * c->kv_heads, shares = shares_of(kv_heads, c->threads);
+    int shared = shares > 1;
     size_t bytes = sizeof(float) * (6 * L * W + 5 * BLOCK * W + 2 * BLOCK * scores);
     int failed = 0;
 #pragma omp parallel num_threads(c->threads) reduction(| : failed)
@@ -282,9 +281,9 @@ int attention_backward(const call *c, const float *mixed, const float *log_sum, 
         float *dy = take(&room, BLOCK * W), *dy_panels = take(&room, BLOCK * W);
         float *s = take(&room, BLOCK * scores), *ds = take(&room, BLOCK * scores);
 #pragma omp for schedule(dynamic)
-        for (i64 task = 0; task < kv_heads * shares * roles; task++) {
-            int for_keys = task % roles == 0, for_queries = task % roles == roles - 1;
-            i64 share = task / roles % shares, head = task / roles / shares, g = head % c->kv_heads;
+        for (i64 task = 0; task < kv_heads * shares * (1 + shared); task++) {
+            int for_keys = task < kv_heads * shares, for_queries = !shared || !for_keys; /* the longer ones come first */
+            i64 share = task % shares, head = task / shares % kv_heads, g = head % c->kv_heads;
             i64 begin = c->bounds[head / c->kv_heads], length = c->bounds[head / c->kv_heads + 1] - begin;
             i64 padded = up(length, BLOCK), blocks = padded / BLOCK;
             if (failed || share >= (for_queries ? group * blocks : blocks))
@@ -292,17 +291,24 @@ int attention_backward(const call *c, const float *mixed, const float *log_sum, 
             /* The keys of this task: from `start`, so many in a run, and so far from one run to the next. */
             i64 start = for_queries ? 0 : share * BLOCK, run = for_queries ? length : BLOCK;
             i64 next = for_queries ? length : shares * BLOCK;
+            i64 step = for_keys ? 1 : shares; /* from one of its blocks of queries to the next */
             tables turn = {c->cos, c->sin, c->half};
             i64 place = c->by_place ? 0 : begin;
             i64 at_keys = (c->heads + g) * width, at_values = (c->heads + c->kv_heads + g) * width;
             const float *qkv = c->qkv + begin * token;
-            gather(qkv + at_keys, token, length, padded, width, W, &turn, place, 1, rows);
-            pack(rows, padded, W, keys);
-            pack_transposed(rows, padded, W, keys_t);
-            gather(qkv + at_values, token, length, padded, width, W, NULL, 0, 1, rows);
-            pack_transposed(rows, padded, W, values_t);
-            memset(dkeys, 0, sizeof(float) * padded * W);
-            memset(dvalues, 0, sizeof(float) * padded * W);
+            for (i64 low = start; low < length; low += next) {
+                i64 count = least(run, length - low), to = up(count, BLOCK), at = low * W;
+                gather(qkv + low * token + at_keys, token, count, to, width, W, &turn, place + low, 1, rows);
+                pack_transposed(rows, to, W, keys_t + at);
+                if (for_queries) /* which take all keys at once */
+                    pack(rows, padded, W, keys);
+                gather(qkv + low * token + at_values, token, count, to, width, W, NULL, 0, 1, rows);
+                pack_transposed(rows, to, W, values_t + at);
+                if (for_keys) {
+                    memset(dkeys + at, 0, sizeof(float) * to * W);
+                    memset(dvalues + at, 0, sizeof(float) * to * W);
+                }
+            }
             for (i64 item = 0; item < group * blocks; item++) {
                 i64 h = g * group + item / blocks, first = item % blocks * BLOCK, count = least(length - first, BLOCK);
                 i64 end = first + count, tiled = up(count, MR);
@@ -312,9 +318,11 @@ int attention_backward(const call *c, const float *mixed, const float *log_sum, 
                 const float *y_here = mixed + (begin + first) * out + h * width;
                 const float *dy_here = dmixed + (begin + first) * out + h * width;
                 gather(q_here, token, count, BLOCK, width, W, &turn, place + first, c->scale * LOG2_E, q);
-                pack(q, BLOCK, W, q_panels);
                 gather(dy_here, out, count, BLOCK, width, W, NULL, 0, 1, dy);
-                pack(dy, BLOCK, W, dy_panels);
+                if (for_keys) {
+                    pack(q, BLOCK, W, q_panels);
+                    pack(dy, BLOCK, W, dy_panels);
+                }
                 for (i64 low = start; low < end; low += next)
                     for (i64 n = low; n < least(low + run, end); n += NR)
                         for (i64 m = n > first ? (n - first) / MR * MR : 0; m < count; m += MR) {
@@ -323,9 +331,9 @@ int attention_backward(const call *c, const float *mixed, const float *log_sum, 
                         }
                 for (i64 m = 0; m < tiled; m++) {
                     int real = m < count; /* a tile's other queries see nothing */
-                    fetch(q_here + (BLOCK + m) * token, width); /* the next block's */
-                    fetch(y_here + (BLOCK + m) * out, width);
-                    fetch(dy_here + (BLOCK + m) * out, width);
+                    fetch(q_here + (step * BLOCK + m) * token, width); /* the next block's */
+                    fetch(y_here + (step * BLOCK + m) * out, width);
+                    fetch(dy_here + (step * BLOCK + m) * out, width);
                     i64 seen = real ? first + m + 1 : 0, read = first + m / MR * MR + MR;
                     float of_all = real ? log_sum[(begin + first + m) * c->heads + h] : 0;
                     float delta = real ? dot(dy + m * W, y_here + m * out, width) : 0;
