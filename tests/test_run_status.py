@@ -287,6 +287,15 @@ def test_cancelling_forbids_the_requeue_before_it_tells_the_ranks_to_save(run, s
     assert said[-1] == f"{run}: cancelled; nothing is saved"
 
 
+def test_the_tasks_of_an_array_that_wait_leave_the_queue_together(run, slurm):
+    waiting = [f"12_{task}|PENDING|{{user}}||N/A|N/A|10:00|Priority|{{script}}" for task in range(3)]
+    notes, said = slurm(*waiting), list[str]()
+    cancel_run(run, said.append, pause=0.01)
+    assert [line for line in notes.read_text().splitlines() if line.startswith("scancel")] == ["scancel 12"]
+    assert said[0] == "job 12_0 waited (Priority) and is out of the queue"
+    assert len(said) == 2
+
+
 def test_a_job_that_does_not_end_by_itself_is_ended(run, slurm, tmp_path, monkeypatch):
     notes, said = slurm(TRAINS), list[str]()
     monkeypatch.setattr(cancelling, "_GRACE", 0.05)
