@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Prepared, write_documents
-from runs import WEIGHTS, last_state, losses, metrics, start, state
+from runs import WEIGHTS, last_state, losses, metrics, start, state, status_of
 from torch.nn import functional
 
 from megacl.checkpoint import checkpoint_path, find_checkpoint, list_checkpoints, mark_of, open_checkpoint
@@ -39,6 +39,16 @@ def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     assert train(from_tree(prepared.tree(run_dir))) == "done"
     return run_dir
+
+
+def test_a_run_that_compiles_nothing_starts_without_pytorchs_compiler(prepared: Prepared, tmp_path: Path) -> None:
+    """Whose import takes over a second, at each start of each rank."""
+    config = str(prepared.config_file(tmp_path / "run"))
+    trained = (
+        f"import sys; from megacl.configfile import load; from megacl.trainer import train; train(load({config!r}))"
+    )
+    assert status_of(f"{trained}; sys.exit(3 if 'torch._dynamo' in sys.modules else 0)") == 0
+    assert len(losses(tmp_path / "run")) == 20
 
 
 # ---------------------------------------------------------------------------------------------- what a run writes

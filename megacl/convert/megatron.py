@@ -16,7 +16,6 @@ from megacl.convert.megatron_model import Ranks, build
 from megacl.convert.opened import OpenedModel, ReadOptions
 from megacl.convert.parts import Part, settings_of
 from megacl.convert.pickled import PickledFiles, load, tensors_of
-from megacl.convert.torch_dist import StoredTensors
 from megacl.errors import ConversionError
 
 FORMAT = "megatron"
@@ -171,6 +170,8 @@ def _open_torch_dist(path: Path, folder: Path, options: ReadOptions) -> OpenedMo
     if not common.is_file():
         raise ConversionError(f"{common}: no such file; the checkpoint is not whole. Copy it again.")
     arguments = _arguments(common, load(common, common))
+    from megacl.convert.torch_dist import StoredTensors  # a second of imports, which no other start needs
+
     stored = StoredTensors(folder)
     parts: dict[str, Part] = {}
     for name, shape in stored.shapes.items():

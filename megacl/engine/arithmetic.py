@@ -36,7 +36,8 @@ def set_arithmetic(config: EngineConfig, *, device: Device) -> list[str]:
     if config.deterministic:
         # cuBLAS reads it when it is first used; either of its two values makes it deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic:  # the call imports PyTorch's compiler
+        torch.use_deterministic_algorithms(config.deterministic)
     # A help for debugging, which would fill every buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return _notices(config) if device == "cpu" else []

@@ -16,7 +16,7 @@ from megacl.engine.monitors import Slice
 from megacl.errors import LaunchError
 from megacl.kernels import Choice, Kernels
 from megacl.model.gpt import GPT
-from megacl.optimizer import build_optimizer
+from megacl.optimizer import EagerAdamW, build_optimizer
 from megacl.parallel.ranks import Ranks
 
 
@@ -40,7 +40,8 @@ class NativeEngine(Engine):
         if model.embed.weight.is_meta:
             model.materialize(device)
         super().__init__(model, model.to(device), ops, config, optimizer, device=device, ranks=ranks)
-        self._optimizer = build_optimizer(model, optimizer, width_ratio=model.config.width_ratio)
+        width_ratio = model.config.width_ratio
+        self._optimizer = build_optimizer(model, optimizer, width_ratio=width_ratio, kind=EagerAdamW)
         self._scale = LossScale() if config.precision == "fp16" else None
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:

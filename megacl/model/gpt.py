@@ -98,7 +98,9 @@ class GPT(nn.Module):
         self.document_end: int | None = None
         self.time_part = (0, 1)
         self.initial: Callable[[str], Tensor] = _no_initial_weight
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        # By a weight that is there: drawing one on "meta" imports PyTorch's compiler, a second and more of each start.
+        weight_VD = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding.from_pretrained(weight_VD, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = build_norm(config)
         self.head = Head(config)
