@@ -45,7 +45,7 @@ def test_a_run_that_compiles_nothing_starts_without_pytorchs_compiler(prepared: 
     """Whose import takes over a second, at each start of each rank."""
     config = str(prepared.config_file(tmp_path / "run"))
     trained = (
-        f"import sys; from megacl.configfile import load; from megacl.trainer import train; train(load({config!r}))"
+        f"import sys; from megacl.configfile import load; from megacl.trainer import train; train(load([{config!r}]))"
     )
     assert status_of(f"{trained}; sys.exit(3 if 'torch._dynamo' in sys.modules else 0)") == 0
     assert len(losses(tmp_path / "run")) == 20
