@@ -61,7 +61,8 @@ def set_rates(
 class EagerAdamW(torch.optim.AdamW):
     """torch's AdamW without what keeps torch.compile out of it, which imports all of the compiler at the first call.
 
-    That is a third of the time from a command to its first step. Nothing here compiles an optimizer's update.
+    That is a third of the time from a command to its first step. Nothing here compiles an optimizer's update. DeepSpeed
+    knows optimizers by their very class, and is given torch's.
     """
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)

@@ -160,6 +160,8 @@ def _whole_name(name: str, offset: int) -> str:
 
 
 def _open_torch_dist(path: Path, folder: Path, options: ReadOptions) -> OpenedModel:
+    from megacl.convert.torch_dist import StoredTensors  # a second of imports, which no other start needs
+
     try:
         backend = json.loads((folder / "metadata.json").read_bytes()).get("sharded_backend")
     except (ValueError, AttributeError):
@@ -170,8 +172,6 @@ def _open_torch_dist(path: Path, folder: Path, options: ReadOptions) -> OpenedMo
     if not common.is_file():
         raise ConversionError(f"{common}: no such file; the checkpoint is not whole. Copy it again.")
     arguments = _arguments(common, load(common, common))
-    from megacl.convert.torch_dist import StoredTensors  # a second of imports, which no other start needs
-
     stored = StoredTensors(folder)
     parts: dict[str, Part] = {}
     for name, shape in stored.shapes.items():

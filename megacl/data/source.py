@@ -201,33 +201,30 @@ def open_source(
 
 
 def _read_lists(path: str | Path, cache: ShardCache | None) -> tuple[Path | RemoteFolder, Manifest, ShardList]:
+    stored: RemoteFolder
     if not is_url(path):
         folder = Path(path)
         if cache is None or not cache.stage:
             return folder, read_manifest(folder), read_shards(folder)
-        staged = StagedFolder(str(path), cache)
-        if (content := staged.read(MANIFEST)) is None:
-            raise no_manifest(folder)
-        return (
-            staged,
-            parse_manifest(content, folder / MANIFEST),
-            parse_shards(staged.read(SHARDS), folder / SHARDS),
-        )
-    if cache is None:
+        stored = StagedFolder(str(path), cache)
+    elif cache is None:
         raise DataError(
             f"{path}: its shards lie on a store, and there is no cache to fetch them into; set cache.path to a folder "
             "on a local disk."
         )
-    remote = RemoteFolder(str(path), cache)
-    content = remote.read(MANIFEST)
+    else:
+        stored = RemoteFolder(str(path), cache)
+    content = stored.read(MANIFEST)
     if content is None:
+        if isinstance(stored, StagedFolder):
+            raise no_manifest(path)
         raise DataError(
-            f"{remote}: {remote.why_missing()}. Upload a folder that `megacl prepare` wrote, or mend the path."
+            f"{stored}: {stored.why_missing()}. Upload a folder that `megacl prepare` wrote, or mend the path."
         )
     return (
-        remote,
-        parse_manifest(content, f"{remote}/{MANIFEST}"),
-        parse_shards(remote.read(SHARDS), f"{remote}/{SHARDS}"),
+        stored,
+        parse_manifest(content, f"{stored}/{MANIFEST}"),
+        parse_shards(stored.read(SHARDS), f"{stored}/{SHARDS}"),
     )
 
 

@@ -271,7 +271,7 @@ class RemoteFolder:
 
         try:
             return self._patiently(name, attempt)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return None
 
     def why_missing(self) -> str:
@@ -350,8 +350,10 @@ class RemoteFolder:
         while True:
             try:
                 return attempt()
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 raise
+            except NotADirectoryError as error:  # what lies where a folder should be has nothing in it either
+                raise FileNotFoundError(*error.args) from None
             except OSError as error:
                 reason = str(error).splitlines()[0]
                 if _REFUSED.search(reason) or error.errno in (errno.EACCES, errno.EPERM):

@@ -35,15 +35,14 @@ def open_recorded(record: SourceRecord, known: Iterable[Source] = (), cache: Sha
     for source in known:
         if source.fingerprint == record.fingerprint:
             return source
+    reads = f"the model's history reads source {record.name!r}, fingerprint {record.fingerprint[:12]}"
     try:
         source = open_source(record.path, record.generation, record.since, cache)
     except UnreachableError as error:
-        name = f"{record.name!r}, fingerprint {record.fingerprint[:12]}"
-        raise UnreachableError(f"the model's history reads source {name}: {error}") from None
+        raise UnreachableError(f"{reads}: {error}") from None
     except DataError as error:
         raise DataError(
-            f"the model's history reads source {record.name!r}, fingerprint {record.fingerprint[:12]}, which is gone: "
-            f"{str(error).rstrip('.')}. If it lies elsewhere now, name that folder in sources."
+            f"{reads}, which is gone: {str(error).rstrip('.')}. If it lies elsewhere now, name that folder in sources."
         ) from None
     if source.fingerprint != record.fingerprint:
         raise DataError(

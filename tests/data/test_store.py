@@ -616,6 +616,15 @@ def test_a_file_that_is_missing_where_folders_are_staged_is_not_waited_for(
         open_source(folder / "manifest.json", cache=ShardCache(tmp_path / "cache", 10**9, patience=1000, stage=True))
 
 
+def test_shards_of_a_folder_that_has_become_a_file_are_missing(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    source = open_source(copy, cache=ShardCache(tmp_path / "cache", 10**9, patience=1000, stage=True))
+    shutil.rmtree(copy)
+    copy.write_text("")
+    with pytest.raises(DataError, match=r"the shard is missing. Restore it from a copy"):
+        source.train.read(0, 1)
+
+
 def test_a_shard_that_was_changed_or_is_gone_is_not_staged(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

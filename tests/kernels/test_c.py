@@ -120,6 +120,14 @@ def test_empty_tensors_pass_attention(shape):
     assert gradient.shape == shape
 
 
+def test_attention_as_an_operator_of_no_row_is_of_no_row():
+    qkv, (cos, sin) = drawn(0, 5, 3, 8).detach(), tables(5, 2)
+    mixed, log_sum = torch.ops.megacl.c_attention(qkv, cos, sin, None, 1, 0.3)
+    assert mixed.shape == (0, 5, 1, 8)
+    args = (mixed, qkv, cos, sin, None, mixed, log_sum, 1, 0.3)
+    assert torch.ops.megacl.c_attention_backward(*args).shape == qkv.shape
+
+
 @settings(deadline=None)
 @given(
     rows=st.integers(1, 6),

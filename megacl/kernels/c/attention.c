@@ -142,8 +142,11 @@ static i64 longest_of(const call *c)
 }
 
 /* Among how many tasks each of so many key/value heads is shared out, so that there are as many as threads, or fewer by
- * less than one a head; 1 where a second one would wait for a thread. */
-static i64 shares_of(i64 kv_heads, i64 threads) { return 2 * kv_heads <= threads ? threads / kv_heads : 1; }
+ * less than one a head; 1 where a second one would wait for a thread, or there is no head. */
+static i64 shares_of(i64 kv_heads, i64 threads)
+{
+    return kv_heads > 0 && 2 * kv_heads <= threads ? threads / kv_heads : 1;
+}
 
 static i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
